@@ -1,0 +1,67 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from timm_gsop import covariance_pool, triu_vectorize
+
+LARGE_MEAN = 1e3
+
+
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 6), st.integers(1, 6))
+def test_equals_torch_cov_of_each_sample(batch, channels, height, width):
+    x = torch.randn(batch, channels, height, width, dtype=torch.float64)
+    expected = torch.stack([torch.cov(s.flatten(1), correction=0).view(channels, channels) for s in x])
+    torch.testing.assert_close(covariance_pool(x), expected)
+    torch.testing.assert_close(covariance_pool(x.flatten(2)), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_memory_layout_does_not_matter(layout):
+    x = torch.randn(2, 5, 4, 6)
+    torch.testing.assert_close(covariance_pool(x.to(memory_format=layout)), covariance_pool(x.flatten(2)))
+
+
+def test_large_mean_does_not_cancel():
+    x = torch.randn(2, 8, 12, 12, dtype=torch.float64) + LARGE_MEAN
+    torch.testing.assert_close(covariance_pool(x.float()).double(), covariance_pool(x), rtol=1e-3, atol=1e-3)
+
+
+def test_gradients():
+    x = torch.randn(2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(covariance_pool, x)
+    assert torch.autograd.gradgradcheck(covariance_pool, x)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_is_computed_in_at_least_float32(dtype, expected):
+    x = (1e4 * torch.randn(2, 4, 3, 3)).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cov = covariance_pool(x)
+    assert cov.dtype == expected
+    torch.testing.assert_close(cov.double(), covariance_pool(x.double()), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 4), (1, 2, 3, 4, 5)])
+def test_wrong_rank_is_named(shape):
+    with pytest.raises(ValueError, match=r"x has shape .* accepted: \(B, C, H, W\)"):
+        covariance_pool(torch.zeros(shape))
+
+
+def test_triangle_is_row_major_upper():
+    mat = torch.tensor([[[1, 2, 3], [2, 4, 5], [3, 5, 6]]])
+    assert triu_vectorize(mat).tolist() == [[1, 2, 3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (2, 3, 4), (1, 2, 3, 3)])
+def test_triangle_of_non_square_is_named(shape):
+    with pytest.raises(ValueError, match=r"mat has shape .* accepted: \(B, C, C\)"):
+        triu_vectorize(torch.zeros(shape))

@@ -1,0 +1,129 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.oracles import eigh_function, random_covariance, sqrt_gradient, truncated_sqrt
+from timm_gsop import eigh_power, newton_schulz_sqrt
+
+ROOTS = [newton_schulz_sqrt, eigh_power]
+
+
+@given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 8))
+def test_newton_schulz_is_the_truncated_iteration(batch, size, num_iters):
+    cov = random_covariance(batch, size)
+    torch.testing.assert_close(newton_schulz_sqrt(cov, num_iters), truncated_sqrt(cov, num_iters))
+
+
+@pytest.mark.parametrize("num_iters", [1, 2, 3, 5])
+def test_newton_schulz_in_float32(num_iters):
+    cov = random_covariance(4, 64, condition=1e4)
+    root = newton_schulz_sqrt(cov.float(), num_iters)
+    assert root.dtype == torch.float32
+    torch.testing.assert_close(root.double(), truncated_sqrt(cov, num_iters), rtol=1e-4, atol=1e-4)
+
+
+def test_newton_schulz_and_its_gradient_reach_the_exact_ones():
+    cov = random_covariance(3, 8).requires_grad_()
+    weight = torch.randn(3, 8, 8, dtype=torch.float64)
+    weight = weight + weight.mT
+    errors = []
+    for num_iters in (5, 10, 20):
+        root = newton_schulz_sqrt(cov, num_iters)
+        (grad,) = torch.autograd.grad((root * weight).sum(), cov)
+        exact, exact_grad = eigh_function(cov.detach(), torch.sqrt), sqrt_gradient(cov.detach(), weight)
+        errors.append(max((root - exact).norm() / exact.norm(), (grad - exact_grad).norm() / exact_grad.norm()))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-9
+
+
+@pytest.mark.parametrize("num_iters", [1, 2, 3, 5])
+def test_newton_schulz_gradients(num_iters):
+    cov = random_covariance(2, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda c: newton_schulz_sqrt(c, num_iters), cov)
+    assert torch.autograd.gradgradcheck(lambda c: newton_schulz_sqrt(c, num_iters), cov)
+
+
+@pytest.mark.parametrize("power", [0.3, 0.5, 1.0, 2.0])
+def test_eigh_power(power):
+    cov = random_covariance(3, 6)
+    torch.testing.assert_close(eigh_power(cov, power), eigh_function(cov, lambda v: v**power))
+
+
+def test_eigh_power_gradients():
+    def symmetric(mat):
+        return eigh_power((mat + mat.mT) / 2)
+
+    cov = random_covariance(2, 4).requires_grad_()
+    assert torch.autograd.gradcheck(symmetric, cov)
+    assert torch.autograd.gradgradcheck(symmetric, cov)
+
+
+def test_eigh_power_gradient_of_repeated_eigenvalues():
+    cov = (4 * torch.eye(5, dtype=torch.float64)).repeat(2, 1, 1).requires_grad_()
+    weight = torch.randn(2, 5, 5, dtype=torch.float64)
+    (grad,) = torch.autograd.grad((eigh_power(cov) * weight).sum(), cov)
+    torch.testing.assert_close(grad, sqrt_gradient(cov.detach(), weight))
+    torch.testing.assert_close(grad, weight / 4)  # by hand: d sqrt(4 I) = d / (2 + 2)
+
+
+@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_covariance_gives_zeros_and_zero_gradients(root, dtype):
+    cov = torch.zeros(2, 6, 6, dtype=dtype, requires_grad=True)
+    result = root(cov)
+    result.sum().backward()
+    assert result.count_nonzero() == 0
+    assert cov.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_rank_deficient_covariance(root, scale):
+    cov = (scale * random_covariance(2, 16, rank=3)).float().requires_grad_()
+    result = root(cov)
+    result.sum().backward()
+    assert result.isfinite().all()
+    assert cov.grad.isfinite().all()
+    expected = truncated_sqrt(cov.detach(), 5) if root is newton_schulz_sqrt else eigh_power(cov.detach().double())
+    torch.testing.assert_close(result.double(), expected, rtol=1e-3, atol=1e-3 * scale**0.5)
+
+
+@pytest.mark.parametrize("root", ROOTS)
+@given(scale=st.floats(1e-6, 1e6))
+def test_scaling_the_covariance_scales_the_root(root, scale):
+    cov = random_covariance(1, 5)
+    torch.testing.assert_close(root(scale * cov), scale**0.5 * root(cov))
+
+
+def test_nan_is_not_hidden():
+    cov = torch.full((1, 3, 3), float("nan"))
+    assert newton_schulz_sqrt(cov).isnan().all()
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_autocast_has_no_effect(root):
+    cov = random_covariance(2, 8).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = root(cov)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, root(cov), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize("shape", [(3, 3), (2, 3, 4), (1, 2, 3, 3)])
+def test_non_square_is_named(root, shape):
+    with pytest.raises(ValueError, match=r"cov has shape .* accepted: \(B, C, C\)"):
+        root(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("num_iters", [0, -1, 1.5])
+def test_bad_num_iters_is_named(num_iters):
+    with pytest.raises(ValueError, match=f"num_iters={num_iters} .* integer >= 1"):
+        newton_schulz_sqrt(torch.eye(2)[None], num_iters)
+
+
+@pytest.mark.parametrize("power", [0, -0.5])
+def test_bad_power_is_named(power):
+    with pytest.raises(ValueError, match=f"power={power} .* > 0"):
+        eigh_power(torch.eye(2)[None], power)

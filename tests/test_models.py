@@ -1,0 +1,318 @@
+"""What our networks promise beyond what timm's own suite checks (test_timm_suite.py)."""
+
+import pytest
+import timm
+import torch
+from timm.models import model_parameters
+from timm.models.resnet import Bottleneck, ResNet
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_gsop.layers import ChannelGsop, GsopBlock, IsqrtCovPool2d, MpnCovPool2d
+
+ALL_MODELS = timm.list_models(module=["gsop_resnet", "gsop_preresnet"])
+# As small as the families get: narrow ResNets with all their parts, and the 20-layer networks.
+NARROW = dict(channels=(8, 16, 24, 32), num_classes=5, cov_dim=8, isqrt_dim=6)
+SMALL_MODELS = {
+    "gsop_resnet26_net1": NARROW,
+    "gsop_resnet26_net2": NARROW,
+    "isqrt_resnet26": NARROW,
+    "mpncov_resnet50": NARROW,
+    "preresnet20": dict(num_classes=5),
+    "gsop_preresnet20_net1": dict(num_classes=5, cov_dim=8),
+    "gsop_preresnet20_net2": dict(num_classes=5, cov_dim=8, isqrt_dim=6),
+}
+small_models = pytest.mark.parametrize("name", SMALL_MODELS)
+
+
+def create(name: str, **kwargs) -> torch.nn.Module:
+    return timm.create_model(name, **{**SMALL_MODELS[name], **kwargs})
+
+
+def image(name: str, batch: int = 2, height: int = 64, width: int = 64) -> torch.Tensor:
+    return (
+        torch.randn(batch, 3, height // 2, width // 2) if "preresnet" in name else torch.randn(batch, 3, height, width)
+    )
+
+
+def test_every_promised_model_is_registered():
+    promised = {f"gsop_resnet{depth}_net{net}" for depth in (26, 50, 101, 152) for net in (1, 2)}
+    promised |= {"isqrt_resnet26", "isqrt_resnet50", "isqrt_resnet101", "mpncov_resnet50", "isqrt_preresnet164"}
+    promised |= {f"preresnet{depth}" for depth in (20, 56, 164)}
+    promised |= {f"gsop_preresnet{depth}_net{net}" for depth in (20, 56, 164) for net in (1, 2)}
+    assert set(ALL_MODELS) == promised
+
+
+# Millions of parameters and GMACs: PAPER_FACTS sections 4 and 5 (their own count, and the paper's for CIFAR-100).
+@pytest.mark.parametrize(
+    ("name", "params", "gmacs", "tolerance"),
+    [
+        ("gsop_resnet50_net1", 28.29, 6.51, 0.005),
+        ("gsop_resnet50_net2", 58.28, 6.81, 0.005),
+        ("preresnet164", 1.7, None, 0.06 / 1.7),
+        ("gsop_preresnet164_net1", 2.9, None, 0.06 / 2.9),
+        ("gsop_preresnet164_net2", 3.6, None, 0.06 / 3.6),
+    ],
+)
+def test_cost(name, params, gmacs, tolerance):
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        x = torch.randn(1, *model.default_cfg["input_size"])
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(params, rel=tolerance)
+    if gmacs is not None:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x)
+        assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=tolerance)
+
+
+@pytest.mark.parametrize("pool", ["isqrt", "avg"])
+def test_last_stage_keeps_its_size(pool):
+    with torch.device("meta"):
+        model = timm.create_model("gsop_resnet26_net1", global_pool=pool).eval()
+        shapes = [f.shape[1:] for f in model.forward_intermediates(torch.randn(1, 3, 224, 224))[1]]
+    assert shapes == [(64, 112, 112), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 14, 14)]
+    assert all(m.dilation == (1, 1) for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+
+
+@pytest.mark.parametrize("kwargs", [dict(output_stride=8), dict(output_stride=16), dict(last_stride=2)])
+def test_other_strides_are_timms(kwargs):
+    ours = timm.create_model("gsop_resnet26_net1", gsop_layers=(), num_classes=5, **kwargs).eval()
+    output_stride = kwargs.get("output_stride", 32)
+    theirs = ResNet(Bottleneck, (2, 2, 2, 2), num_classes=5, output_stride=output_stride).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert ours.feature_info == theirs.feature_info
+
+
+@pytest.mark.parametrize(
+    "kwargs", [dict(avg_down=True), dict(aa_layer=timm.layers.BlurPool2d), dict(down_kernel_size=3)]
+)
+def test_stride_is_removed_from_every_variant_of_the_shortcut(kwargs):
+    model = create("gsop_resnet26_net1", **kwargs).eval()
+    shapes = [f.shape[2:] for f in model.forward_intermediates(torch.randn(1, 3, 64, 64))[1]]
+    assert shapes[3] == shapes[4] == (4, 4)
+
+
+def test_backbone_weights_have_timms_names():
+    vanilla = timm.create_model("resnet50", num_classes=5)
+    model = timm.create_model("gsop_resnet50_net1", num_classes=5)
+    missing, unexpected = model.load_state_dict(vanilla.state_dict(), strict=False)
+    assert not unexpected
+    assert missing
+    assert all(".gsop." in name for name in missing)
+
+
+def test_cifar_backbone_weights_have_the_same_names_with_and_without_blocks():
+    vanilla, model = create("preresnet20"), create("gsop_preresnet20_net1")
+    missing, unexpected = model.load_state_dict(vanilla.state_dict(), strict=False)
+    assert not unexpected
+    assert missing
+    assert all(".gsop." in name for name in missing)
+
+
+@pytest.mark.parametrize(
+    ("name", "placement"),
+    [
+        ("preresnet164", []),
+        ("gsop_preresnet20_net1", [(s, 1) for s in (0, 1, 2)]),
+        ("gsop_preresnet20_net2", [(s, 1) for s in (0, 1)]),
+        ("gsop_preresnet164_net1", [(s, i) for s in (0, 1, 2) for i in (2, 5, 8, 11, 14, 17)]),
+        ("gsop_preresnet164_net2", [(s, i) for s in (0, 1, 2) for i in (2, 5, 8, 11, 14, 17)][:-1]),
+        ("isqrt_preresnet164", []),
+    ],
+)
+def test_cifar_placement(name, placement):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    names = [n for n, m in model.named_modules() if isinstance(m, GsopBlock)]
+    assert names == [f"stages.{stage}.blocks.gsop{i}" for stage, i in placement]
+
+
+@pytest.mark.parametrize("gsop_layers", [(), (1,), (2,), (3,), (4,), [4, 2], (1, 2, 3, 4)])
+def test_placement(gsop_layers):
+    model = create("gsop_resnet26_net1", gsop_layers=gsop_layers)
+    names = [n for n, m in model.named_modules() if isinstance(m, GsopBlock)]
+    assert names == [f"layer{stage}.2" for stage in sorted(gsop_layers)]
+
+
+def test_arguments_reach_the_layers():
+    model = create("gsop_resnet26_net2", cov_dim=7, isqrt_dim=9, isqrt_iters=3)
+    assert {m.reduce_conv.out_channels for m in model.modules() if isinstance(m, ChannelGsop)} == {7}
+    assert isinstance(model.global_pool, IsqrtCovPool2d)
+    assert (model.global_pool.out_features, model.global_pool.num_iters) == (45, 3)
+    assert isinstance(create("mpncov_resnet50").global_pool, MpnCovPool2d)
+
+
+@small_models
+@pytest.mark.parametrize("size", [(64, 64), (64, 96), (160, 64)])
+def test_any_image_size(name, size):
+    model = create(name).eval()
+    assert model(image(name, 1, *size)).shape == (1, 5)
+
+
+@small_models
+def test_smallest_images(name):
+    assert create(name).eval()(torch.randn(1, 3, 32, 32)).isfinite().all()
+
+
+@small_models
+def test_a_training_step_reaches_every_parameter(name):
+    model = create(name).train()
+    model(image(name)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@small_models
+def test_grad_checkpointing_changes_nothing(name):
+    model = create(name, drop_rate=0.0).train()
+    x = image(name)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@small_models
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", "isqrt", "mpn"])
+def test_every_global_pool(name, pool):
+    model = create(name, global_pool=pool).eval()
+    features = model.forward_features(image(name))
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    assert model.forward_head(features).shape == (2, 5)
+    model.reset_classifier(3)
+    assert model.forward_head(features).shape == (2, 3)
+    model.reset_classifier(0, "")
+    assert model.forward_head(features).shape == features.shape
+    model.reset_classifier(4, pool)
+    assert model.forward_head(features).shape == (2, 4)
+
+
+@small_models
+def test_reset_classifier_keeps_the_trained_pooling(name):
+    model = create(name).eval()
+    x = image(name)
+    before = model.forward_head(model.forward_features(x), pre_logits=True)
+    model.reset_classifier(7)
+    torch.testing.assert_close(model.forward_head(model.forward_features(x), pre_logits=True), before)
+
+
+@small_models
+@pytest.mark.parametrize("feature_cls", [None, "getter", "hook"])
+def test_features_only(name, feature_cls):
+    kwargs = {} if feature_cls is None else dict(feature_cls=feature_cls)
+    model = create(name, features_only=True, **kwargs).eval()
+    x = image(name)
+    for feature, channels, reduction in zip(
+        model(x), *map(list, (model.feature_info.channels(), model.feature_info.reduction())), strict=True
+    ):
+        assert feature.shape == (2, channels, x.shape[2] // reduction, x.shape[3] // reduction)
+
+
+@small_models
+def test_features_only_out_indices(name):
+    x = image(name)
+    model = create(name).eval()
+    levels = model.forward_intermediates(x, intermediates_only=True)
+    for indices, expected in [((1, 3), [levels[1], levels[3]]), ((-1,), levels[-1:]), (2, levels[-2:])]:
+        taken = model.forward_intermediates(x, indices=indices, intermediates_only=True)
+        for feature, level in zip(taken, expected, strict=True):
+            torch.testing.assert_close(feature, level)
+
+
+@small_models
+def test_in_chans(name):
+    assert create(name, in_chans=1).eval()(image(name)[:, :1]).shape == (2, 5)
+
+
+@small_models
+def test_drop_rates(name):
+    model = create(name, drop_rate=0.9, drop_path_rate=0.5).train()
+    features = model.forward_features(image(name))
+    assert not torch.equal(model.forward_head(features), model.forward_head(features))
+    assert any(isinstance(m, timm.layers.DropPath) for m in model.modules())
+
+
+@small_models
+def test_device_and_dtype_arguments(name):
+    model = create(name, device="cpu", dtype=torch.bfloat16).eval()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(image(name).bfloat16()).dtype == torch.bfloat16
+
+
+@small_models
+def test_parameter_groups_follow_depth(name):
+    """Layer decay (timm's --layer-decay) sees blocks in order: GSoP block after the bottleneck that it follows."""
+    model = create(name)
+    groups = timm.models.group_parameters(model, model.group_matcher(), reverse=True)
+    first_seen = list(dict.fromkeys(groups[n] for n, _ in model.named_parameters()))
+    assert first_seen == sorted(first_seen)
+    assert {n for n, _ in model.named_parameters()} == set(groups)
+    assert groups["fc.weight"] == max(groups.values())
+
+
+@small_models
+def test_scriptable_gives_the_same(name):
+    model = create(name, scriptable=True).eval()
+    x = image(name)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@small_models
+def test_he_initialization_again(name):
+    """``init_weights`` after the fact covers our layers too, as timm's does for its own (meta-device loading)."""
+    model = create(name)
+    for parameter in model_parameters(model):
+        torch.nn.init.constant_(parameter, 7.0)
+    model.init_weights()
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all((m.weight != 7.0).any() for m in convolutions)
+
+
+@small_models
+def test_save_and_load_restore_arguments_and_logits(name, tmp_path):
+    model = create(name, in_chans=1).eval()
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = image(name)[:, :1]
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gsop_resnet26_net2", "gsop_preresnet20_net2"])
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("gsop_type", "spatial", "accepted: 'channel'"),
+        ("global_pool", "sum", "accepted: '', 'avg'.*'isqrt', 'mpn'"),
+        ("gsop_layers", (0, 1), "stages from 1 to [34]"),
+        ("gsop_layers", (5,), "stages from 1 to [34]"),
+        ("gsop_layers", (1, 1), "different stages"),
+        ("gsop_layers", 2, "a sequence of"),
+        ("cov_dim", 0, "integer >= 1"),
+        ("isqrt_dim", 0, "integer >= 1"),
+        ("isqrt_iters", 0, "integer >= 1"),
+        ("last_stride", 3, "accepted: 1, 2"),
+    ],
+)
+def test_bad_argument_is_named(name, argument, value, message):
+    with pytest.raises(ValueError, match=f"{argument}=.*{message}") as error:
+        create(name, **{argument: value})
+    assert repr(value) in str(error.value)
+
+
+def test_bad_output_stride_is_named():
+    with pytest.raises(ValueError, match="output_stride=64 is not known; accepted: 8, 16, 32"):
+        create("gsop_resnet26_net1", output_stride=64)
+
+
+def test_bad_pool_in_reset_classifier_is_named():
+    with pytest.raises(ValueError, match="global_pool='sum' is not known; accepted: "):
+        create("gsop_resnet26_net1").reset_classifier(3, "sum")
+
+
+def test_unknown_argument_is_refused():
+    with pytest.raises(TypeError, match="cov_dims"):
+        create("gsop_preresnet20_net1", cov_dims=3)

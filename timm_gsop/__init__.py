@@ -1,0 +1,30 @@
+"""Global second-order pooling networks (GSoP-Net, CVPR 2019) for timm. Importing this registers every model."""
+
+import timm  # noqa: F401  # first: it may trigger our autoload, which must not find us half imported
+
+from timm_gsop import models
+from timm_gsop.layers import (
+    ChannelGsop,
+    GsopBlock,
+    IsqrtCovPool2d,
+    MpnCovPool2d,
+    covariance_pool,
+    eigh_power,
+    newton_schulz_sqrt,
+    triu_vectorize,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChannelGsop",
+    "GsopBlock",
+    "IsqrtCovPool2d",
+    "MpnCovPool2d",
+    "__version__",
+    "covariance_pool",
+    "eigh_power",
+    "models",
+    "newton_schulz_sqrt",
+    "triu_vectorize",
+]

@@ -1,0 +1,75 @@
+"""Checks of arguments and inputs: a bad one gets a ``ValueError`` that names it, its value and what is accepted."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from timm.layers import register_notrace_function
+from torch import nn
+
+__all__ = [
+    "check_batch_for_training",
+    "check_choice",
+    "check_ndim",
+    "check_positive",
+    "check_positive_int",
+    "check_square",
+    "check_stages",
+]
+
+
+def check_choice(name: str, value: Any, accepted: Iterable[Any]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``accepted``."""
+    accepted = tuple(accepted)
+    if value not in accepted:
+        raise ValueError(f"{name}={value!r} is not known; accepted: {', '.join(map(repr, accepted))}.")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is a number above 0."""
+    if not value > 0:
+        raise ValueError(f"{name}={value!r} is not accepted; it must be a number > 0.")
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} is not accepted; it must be an integer >= 1.")
+
+
+def check_stages(name: str, value: Any, num_stages: int) -> None:
+    """Raise ``ValueError`` unless ``value`` is a sequence of different stages from 1 to ``num_stages``."""
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
+    if not is_sequence or len(set(value)) < len(value) or not set(value) <= set(range(1, num_stages + 1)):
+        raise ValueError(
+            f"{name}={value!r} is not accepted; it must be a sequence of different stages from 1 to {num_stages}, "
+            "() for none."
+        )
+
+
+# The checks of tensors below are leaves in torch.fx's graphs, where a shape is no number that an `if` could test.
+
+
+@register_notrace_function
+def check_ndim(name: str, x: torch.Tensor, accepted: tuple[int, ...], layout: str) -> None:
+    """Raise ``ValueError`` unless ``x.ndim`` is one of ``accepted``; ``layout`` describes them in the message."""
+    if x.ndim not in accepted:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, with {x.ndim} dimensions; accepted: {layout}.")
+
+
+@register_notrace_function
+def check_square(name: str, x: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless ``x`` is a batch of square matrices, of shape (B, C, C)."""
+    if x.ndim != 3 or x.shape[-1] != x.shape[-2]:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; accepted: (B, C, C), a batch of square matrices.")
+
+
+@register_notrace_function
+def check_batch_for_training(name: str, x: torch.Tensor, bn: nn.Module) -> None:
+    """Raise ``ValueError`` for a batch of one where ``bn``, fed one value a channel and sample, is in training."""
+    # SyncBatchNorm may see more samples on other processes, a frozen one needs none: neither is a BatchNorm2d.
+    if isinstance(bn, nn.BatchNorm2d) and bn.training and x.shape[0] == 1:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, a batch of one: in training the excitation's batch normalization "
+            "needs a batch of at least 2. Use a larger batch, drop the last incomplete one, or call eval()."
+        )

@@ -1,0 +1,97 @@
+"""Global covariance pooling: heads that turn a feature map into a normalized covariance matrix, as a vector."""
+
+import torch
+from torch import nn
+
+from timm_gsop.layers.checks import check_ndim, check_positive_int
+from timm_gsop.layers.covariance import covariance_pool, triu_vectorize
+from timm_gsop.layers.matrix_sqrt import eigh_power, newton_schulz_sqrt
+
+__all__ = ["IsqrtCovPool2d", "MpnCovPool2d"]
+
+
+class _CovPool2d(nn.Module):
+    """1×1 convolution, BN, ReLU, covariance, a matrix power that subclasses define, upper triangle."""
+
+    pool_type: str  # the name that `global_pool` calls it by, read by timm when it saves a model
+
+    def __init__(
+        self,
+        in_features: int,
+        dim: int = 256,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive_int("in_features", in_features)
+        check_positive_int("dim", dim)
+        self.out_features = dim * (dim + 1) // 2
+        self.reduce_conv = nn.Conv2d(in_features, dim, 1, bias=False, device=device, dtype=dtype)
+        self.reduce_bn = nn.BatchNorm2d(dim, device=device, dtype=dtype)
+        self.reduce_act = nn.ReLU(inplace=True)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """He initialization, as in the paper's experiments (section 4)."""
+        nn.init.kaiming_normal_(self.reduce_conv.weight, nonlinearity="relu")
+
+    def normalize(self, cov: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pool (B, C, H, W) to (B, dim·(dim+1)/2), in the dtype that the convolution gives."""
+        if not torch.jit.is_scripting():
+            check_ndim("input", x, (4,), "(B, C, H, W)")
+        x = self.reduce_act(self.reduce_bn(self.reduce_conv(x)))
+        return triu_vectorize(self.normalize(covariance_pool(x))).to(x.dtype)
+
+
+class IsqrtCovPool2d(_CovPool2d):
+    """Pooling of iSQRT-COV (CVPR 2018), the end of GSoP-Net2: the covariance's square root by Newton–Schulz.
+
+    Args:
+        in_features: Channels of the input.
+        dim: Channels after reduction, the size of the covariance matrix; the output has dim·(dim+1)/2 features.
+        num_iters: Newton–Schulz iterations.
+
+    Raises:
+        ValueError: If an argument < 1; in ``forward``, if the input has not four dimensions.
+    """
+
+    pool_type = "isqrt"
+
+    def __init__(
+        self,
+        in_features: int,
+        dim: int = 256,
+        num_iters: int = 5,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_positive_int("num_iters", num_iters)
+        super().__init__(in_features, dim, device=device, dtype=dtype)
+        self.num_iters = num_iters
+
+    def normalize(self, cov: torch.Tensor) -> torch.Tensor:
+        """Approximate square root, (B, dim, dim)."""
+        return newton_schulz_sqrt(cov, self.num_iters)
+
+
+class MpnCovPool2d(_CovPool2d):
+    """Pooling of MPN-COV (ICCV 2017): the covariance's square root by eigen-decomposition.
+
+    Args:
+        in_features: Channels of the input.
+        dim: Channels after reduction, the size of the covariance matrix; the output has dim·(dim+1)/2 features.
+
+    Raises:
+        ValueError: If an argument < 1; in ``forward``, if the input has not four dimensions.
+    """
+
+    pool_type = "mpn"
+
+    def normalize(self, cov: torch.Tensor) -> torch.Tensor:
+        """Square root, (B, dim, dim)."""
+        return eigh_power(cov, 0.5)

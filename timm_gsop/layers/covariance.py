@@ -1,0 +1,63 @@
+"""Covariance of feature maps, and its triangle as a vector."""
+
+import torch
+from timm.layers import register_notrace_function
+
+from timm_gsop.layers.checks import check_ndim, check_square
+from timm_gsop.layers.precision import at_least_float32, autocast_disabled
+
+__all__ = ["covariance_pool", "triu_vectorize"]
+
+
+@register_notrace_function
+def covariance_pool(x: torch.Tensor) -> torch.Tensor:
+    r"""Covariance between channels, over the positions of a feature map (paper section 3.1).
+
+    .. math:: \Sigma = \frac{1}{M} \bar{X} \bar{X}^\top, \qquad \bar{X} = X - \frac{1}{M} X 1 1^\top
+
+    It is the biased estimate, ``torch.cov(x, correction=0)`` of each sample.
+
+    Args:
+        x: Features, (B, C, H, W) or (B, C, M), M = H·W positions.
+
+    Returns:
+        (B, C, C), symmetric and positive semi-definite, in float32, or in float64 if ``x`` is. Autocast has no effect.
+
+    Raises:
+        ValueError: If ``x`` has neither three nor four dimensions.
+    """
+    if torch.jit.is_scripting():  # knows neither autocast nor our checks
+        return _covariance(x)
+    check_ndim("x", x, (3, 4), "(B, C, H, W) or (B, C, M)")
+    with autocast_disabled(x.device):
+        return _covariance(x)
+
+
+def _covariance(x: torch.Tensor) -> torch.Tensor:
+    x = at_least_float32(x.flatten(2))
+    # Centred before the product: E[xx'] - mm' would cancel where the mean is large beside the spread.
+    x = x - x.mean(dim=2, keepdim=True)
+    return torch.bmm(x, x.transpose(1, 2)) / x.shape[2]
+
+
+@register_notrace_function
+def triu_vectorize(mat: torch.Tensor) -> torch.Tensor:
+    """Upper triangle of symmetric matrices, diagonal included, in row-major order.
+
+    The order is part of the weights of every classifier that reads these vectors, and never changes.
+
+    Args:
+        mat: Matrices, (B, C, C).
+
+    Returns:
+        (B, C·(C+1)/2), in the dtype of ``mat``: row 0 from column 0, row 1 from column 1, and so on.
+
+    Raises:
+        ValueError: If ``mat`` is not a batch of square matrices.
+    """
+    if not torch.jit.is_scripting():
+        check_square("mat", mat)
+    size = mat.shape[2]
+    # Made at each call and not kept as a buffer: a non-persistent one is garbage after meta-device loading.
+    indices = torch.triu_indices(size, size, device=mat.device)
+    return mat.flatten(1).index_select(1, indices[0] * size + indices[1])

@@ -1,0 +1,98 @@
+"""Global pooling, first-order (timm's) or second-order (ours), and the classifier after it, for timm's ResNets."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.layers import create_classifier, get_device_dtype
+from torch import nn
+
+from timm_gsop.layers import IsqrtCovPool2d, MpnCovPool2d
+from timm_gsop.layers.checks import check_choice, check_positive_int
+
+__all__ = ["GLOBAL_POOLS", "GlobalPoolMixin"]
+
+GLOBAL_POOLS = (
+    *("", "avg", "max", "avgmax", "catavgmax"),
+    *("fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax"),
+    *("isqrt", "mpn"),
+)
+
+
+class GlobalPoolMixin:
+    """Gives a network of timm's ``global_pool`` and ``fc``, with covariance pooling among the choices.
+
+    The network calls :meth:`init_global_pool` when its features are built. ``num_features`` are the channels of the
+    last feature map; ``head_hidden_size`` is the width that the classifier reads, dim·(dim+1)/2 after covariance
+    pooling.
+    """
+
+    if TYPE_CHECKING:  # what the network brings
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def init_global_pool(
+        self,
+        num_classes: int,
+        global_pool: str,
+        isqrt_dim: int,
+        isqrt_iters: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Create pooling and classifier.
+
+        Raises:
+            ValueError: If ``global_pool`` is unknown, or ``isqrt_dim`` or ``isqrt_iters`` < 1.
+        """
+        check_positive_int("isqrt_dim", isqrt_dim)
+        check_positive_int("isqrt_iters", isqrt_iters)
+        self.isqrt_dim = isqrt_dim
+        self.isqrt_iters = isqrt_iters
+        self.global_pool: Any = nn.Identity()
+        self._set_global_pool(num_classes, global_pool, device=device, dtype=dtype)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier.
+
+        Args:
+            num_classes: Number of classes, 0 for none.
+            global_pool: New pooling, one of ``GLOBAL_POOLS``; None keeps the present one, with its weights.
+
+        Raises:
+            ValueError: If ``global_pool`` is unknown.
+        """
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        self._set_global_pool(num_classes, pool_type, **get_device_dtype(self))
+
+    def _set_global_pool(self, num_classes: int, pool_type: str, **dd: Any) -> None:
+        check_choice("global_pool", pool_type, GLOBAL_POOLS)
+        if pool_type in ("isqrt", "mpn"):
+            if not self._has_pool(pool_type):
+                self.global_pool = self._create_cov_pool(pool_type, **dd)
+            self.head_hidden_size = self.global_pool.out_features
+            _, self.fc = create_classifier(self.head_hidden_size, num_classes, **dd)
+        else:
+            self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type, **dd)
+            self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.num_classes = num_classes
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
+
+    def _has_pool(self, pool_type: str) -> bool:
+        pool = self.global_pool
+        same_type = getattr(pool, "pool_type", None) == pool_type
+        return same_type and pool.reduce_conv.in_channels == self.num_features  # pruning may change the latter
+
+    def _create_cov_pool(self, pool_type: str, **dd: Any) -> nn.Module:
+        if pool_type == "isqrt":
+            return IsqrtCovPool2d(self.num_features, self.isqrt_dim, self.isqrt_iters, **dd)
+        return MpnCovPool2d(self.num_features, self.isqrt_dim, **dd)
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """Initialize the weights: timm's layers as timm does, ours as they do themselves."""
+        super().init_weights(zero_init_last=zero_init_last)  # type: ignore[misc]
+        for module in self.modules():
+            if module is not self and hasattr(module, "init_weights"):
+                module.init_weights()

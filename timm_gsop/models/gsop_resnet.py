@@ -1,0 +1,223 @@
+"""GSoP-Net on ResNet: Net1, Net2, and its relatives with covariance pooling at the end only.
+
+Papers:
+* Global Second-order Pooling Convolutional Networks, CVPR 2019 - https://arxiv.org/abs/1811.12006
+* Towards Faster Training of Global Covariance Pooling Networks by Iterative Matrix Square Root Normalization,
+  CVPR 2018 - https://arxiv.org/abs/1712.01034
+* Is Second-order Information Helpful for Large-scale Visual Recognition?, ICCV 2017 - https://arxiv.org/abs/1703.08050
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from timm_gsop.layers import GSOP_TYPES, GsopBlock, create_gsop
+from timm_gsop.layers.checks import check_choice, check_positive_int, check_stages
+from timm_gsop.models.global_pool import GlobalPoolMixin
+from timm_gsop.models.last_stride import remove_stride
+
+__all__ = ["GsopResNet"]  # register_model adds the entry points
+
+
+class GsopResNet(GlobalPoolMixin, ResNet):
+    """timm's ResNet with GSoP blocks after its stages, and first- or second-order global pooling (paper Table 3).
+
+    A block is appended to its stage, so that the backbone's weights have the names that they have in timm's ResNet.
+
+    Args:
+        block: Residual block, timm's ``Bottleneck`` or ``BasicBlock``.
+        layers: Number of residual blocks in each of the four stages.
+        num_classes: Number of classes; 0 for no classifier.
+        global_pool: One of timm's pools, ``"isqrt"`` (iSQRT-COV), ``"mpn"`` (MPN-COV), or ``""`` for none.
+        output_stride: As in timm: 16 or 8 dilates the last stages. At 32, ``last_stride`` decides.
+        last_stride: Stride of the last stage, undilated: 1, as in the paper, or 2, as in other ResNets.
+        gsop_type: Kind of the blocks, one of ``GSOP_TYPES``.
+        gsop_layers: Stages 1 to 4 (``layer1`` to ``layer4``) that end with a block; ``()`` for none.
+        cov_dim: Channels after reduction in a block, the size of its covariance matrix.
+        isqrt_dim: Channels after reduction in covariance pooling.
+        isqrt_iters: Newton–Schulz iterations in ``"isqrt"`` pooling.
+        **kwargs: All other arguments of timm's ``ResNet``.
+
+    Raises:
+        ValueError: If an argument is not among the accepted ones.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: Sequence[int],
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        last_stride: int = 1,
+        gsop_type: str = "channel",
+        gsop_layers: Sequence[int] = (1, 2, 3, 4),
+        cov_dim: int = 128,
+        isqrt_dim: int = 256,
+        isqrt_iters: int = 5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_choice("output_stride", output_stride, (8, 16, 32))
+        check_choice("last_stride", last_stride, (1, 2))
+        check_choice("gsop_type", gsop_type, GSOP_TYPES)
+        check_stages("gsop_layers", gsop_layers, num_stages=4)
+        check_positive_int("cov_dim", cov_dim)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        # Without its head, which follows below.
+        super().__init__(block, layers, num_classes=0, global_pool="", output_stride=output_stride, **dd, **kwargs)
+        if last_stride == 1 and output_stride == 32:
+            remove_stride(self.layer4[0])
+            self.feature_info[4]["reduction"] = self.feature_info[3]["reduction"]
+        for stage in sorted(gsop_layers):
+            gsop = create_gsop(gsop_type, self.feature_info[stage]["num_chs"], cov_dim, **dd)
+            self.get_submodule(f"layer{stage}").append(GsopBlock(gsop))
+        self.init_global_pool(num_classes, global_pool, isqrt_dim, isqrt_iters, **dd)
+
+
+def _create_gsop_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    return build_model_with_cfg(GsopResNet, variant, pretrained, **kwargs)
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (14, 14),
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "conv1",
+        "classifier": "fc",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+_GSOP = dict(paper_name="Global Second-order Pooling Convolutional Networks", paper_ids="arXiv:1811.12006")
+_ISQRT = dict(
+    paper_name="Towards Faster Training of Global Covariance Pooling Networks by Iterative Matrix Square Root "
+    "Normalization",
+    paper_ids="arXiv:1712.01034",
+)
+_MPN = dict(
+    paper_name="Is Second-order Information Helpful for Large-scale Visual Recognition?", paper_ids="arXiv:1703.08050"
+)
+
+default_cfgs = generate_default_cfgs(
+    {
+        "gsop_resnet26_net1.untrained": _cfg(**_GSOP),
+        "gsop_resnet26_net2.untrained": _cfg(**_GSOP),
+        "gsop_resnet50_net1.untrained": _cfg(**_GSOP),
+        "gsop_resnet50_net2.untrained": _cfg(**_GSOP),
+        "gsop_resnet101_net1.untrained": _cfg(**_GSOP),
+        "gsop_resnet101_net2.untrained": _cfg(**_GSOP),
+        "gsop_resnet152_net1.untrained": _cfg(**_GSOP),
+        "gsop_resnet152_net2.untrained": _cfg(**_GSOP),
+        "isqrt_resnet26.untrained": _cfg(**_ISQRT),
+        "isqrt_resnet50.untrained": _cfg(**_ISQRT),
+        "isqrt_resnet101.untrained": _cfg(**_ISQRT),
+        "mpncov_resnet50.untrained": _cfg(**_MPN),
+    }
+)
+
+_RESNET26: dict[str, Any] = dict(block=Bottleneck, layers=(2, 2, 2, 2))
+_RESNET50: dict[str, Any] = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+_RESNET101: dict[str, Any] = dict(block=Bottleneck, layers=(3, 4, 23, 3))
+_RESNET152: dict[str, Any] = dict(block=Bottleneck, layers=(3, 8, 36, 3))
+
+# How the paper's two networks, and those with covariance pooling at the end only, differ (paper sections 3 and 4.1).
+_NET1: dict[str, Any] = dict(gsop_layers=(1, 2, 3, 4), global_pool="avg")
+_NET2: dict[str, Any] = dict(gsop_layers=(1, 2, 3), global_pool="isqrt")
+_ISQRT_COV: dict[str, Any] = dict(gsop_layers=(), global_pool="isqrt")
+_MPN_COV: dict[str, Any] = dict(gsop_layers=(), global_pool="mpn")
+
+
+@register_model
+def gsop_resnet26_net1(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """GSoP-Net1 on ResNet-26: GSoP blocks after all stages, average pooling."""
+    model_args = dict(_RESNET26, **_NET1)
+    return _create_gsop_resnet("gsop_resnet26_net1", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gsop_resnet26_net2(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """GSoP-Net2 on ResNet-26: GSoP blocks after the first three stages, iSQRT-COV pooling."""
+    model_args = dict(_RESNET26, **_NET2)
+    return _create_gsop_resnet("gsop_resnet26_net2", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gsop_resnet50_net1(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """GSoP-Net1 on ResNet-50: GSoP blocks after all stages, average pooling."""
+    model_args = dict(_RESNET50, **_NET1)
+    return _create_gsop_resnet("gsop_resnet50_net1", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gsop_resnet50_net2(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """GSoP-Net2 on ResNet-50: GSoP blocks after the first three stages, iSQRT-COV pooling."""
+    model_args = dict(_RESNET50, **_NET2)
+    return _create_gsop_resnet("gsop_resnet50_net2", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gsop_resnet101_net1(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """GSoP-Net1 on ResNet-101: GSoP blocks after all stages, average pooling."""
+    model_args = dict(_RESNET101, **_NET1)
+    return _create_gsop_resnet("gsop_resnet101_net1", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gsop_resnet101_net2(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """GSoP-Net2 on ResNet-101: GSoP blocks after the first three stages, iSQRT-COV pooling."""
+    model_args = dict(_RESNET101, **_NET2)
+    return _create_gsop_resnet("gsop_resnet101_net2", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gsop_resnet152_net1(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """GSoP-Net1 on ResNet-152: GSoP blocks after all stages, average pooling."""
+    model_args = dict(_RESNET152, **_NET1)
+    return _create_gsop_resnet("gsop_resnet152_net1", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gsop_resnet152_net2(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """GSoP-Net2 on ResNet-152: GSoP blocks after the first three stages, iSQRT-COV pooling."""
+    model_args = dict(_RESNET152, **_NET2)
+    return _create_gsop_resnet("gsop_resnet152_net2", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def isqrt_resnet26(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """iSQRT-COV on ResNet-26: covariance pooling with the Newton–Schulz square root, no GSoP blocks."""
+    model_args = dict(_RESNET26, **_ISQRT_COV)
+    return _create_gsop_resnet("isqrt_resnet26", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def isqrt_resnet50(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """iSQRT-COV on ResNet-50: covariance pooling with the Newton–Schulz square root, no GSoP blocks."""
+    model_args = dict(_RESNET50, **_ISQRT_COV)
+    return _create_gsop_resnet("isqrt_resnet50", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def isqrt_resnet101(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """iSQRT-COV on ResNet-101: covariance pooling with the Newton–Schulz square root, no GSoP blocks."""
+    model_args = dict(_RESNET101, **_ISQRT_COV)
+    return _create_gsop_resnet("isqrt_resnet101", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mpncov_resnet50(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """MPN-COV on ResNet-50: covariance pooling with the square root by eigen-decomposition, no GSoP blocks."""
+    model_args = dict(_RESNET50, **_MPN_COV)
+    return _create_gsop_resnet("mpncov_resnet50", pretrained, **dict(model_args, **kwargs))
