@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import ModuleType
 from unittest import mock
 
+import pytest
 import timm
 
 import timm_gsop.models  # noqa: F401
@@ -53,3 +54,19 @@ def _is_over_our_models(test: Callable[..., None]) -> bool:
 _timm_tests = vars(_load_timm_tests())
 globals().update({name: test for name, test in _timm_tests.items() if callable(test) and _is_over_our_models(test)})
 cfg_device = _timm_tests["cfg_device"]  # a fixture of theirs
+
+
+@pytest.mark.parametrize("model_name", ["gsop_resnet26_net1", "gsop_resnet26_net2", "gsop_preresnet20_net2"])
+@pytest.mark.parametrize(
+    ("test", "kwargs"),
+    [
+        ("test_features_only_grad_checkpointing_backward", {}),
+        ("test_head_hidden_size", dict(model_kwargs={})),
+        ("test_prune_intermediate_layers_last_feature", dict(stop_early_final=True)),
+        ("test_prune_intermediate_layers_params_used", {}),
+        ("test_prune_to_stem_feature", {}),
+        ("test_reset_classifier_keeps_pool", {}),
+    ],
+)
+def test_what_timm_tests_on_hand_picked_models(test, kwargs, model_name):
+    _timm_tests[test](model_name, **kwargs)

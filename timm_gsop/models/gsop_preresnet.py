@@ -6,7 +6,7 @@ Papers:
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class GsopPreActResNet(GlobalPoolMixin, ResNetV2):
             if stage == 3 and not gsop_last:
                 positions.pop()
             channels = self.feature_info[stage]["num_chs"]
-            blocks = {f"gsop{i}": GsopBlock(create_gsop(gsop_type, channels, cov_dim, **dd)) for i in positions}
+            blocks = {i: GsopBlock(create_gsop(gsop_type, channels, cov_dim, **dd)) for i in positions}
             self.stages[stage - 1].blocks = _interleave(self.stages[stage - 1].blocks, blocks)
         self.init_global_pool(num_classes, global_pool, isqrt_dim, isqrt_iters, **dd)
 
@@ -160,17 +160,18 @@ class GsopPreActResNet(GlobalPoolMixin, ResNetV2):
         return x if pre_logits else self.fc(x)
 
 
-def _interleave(bottlenecks: nn.Sequential, blocks: dict[str, GsopBlock]) -> nn.Sequential:
-    """Put ``gsop{i}`` after bottleneck ``i``; the bottlenecks keep their names."""
+def _interleave(bottlenecks: nn.Sequential, blocks: Mapping[int, nn.Module]) -> nn.Sequential:
+    """Put ``blocks[i]`` after bottleneck ``i``, as ``gsop{i}``; the bottlenecks keep their names."""
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for i, bottleneck in enumerate(bottlenecks):
         modules[str(i)] = bottleneck
-        modules.update({name: block for name, block in blocks.items() if name == f"gsop{i}"})
+        if i in blocks:
+            modules[f"gsop{i}"] = blocks[i]
     return nn.Sequential(modules)
 
 
 def _create_gsop_preresnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GsopPreActResNet:
-    feature_cfg = dict(out_indices=(0, 1, 2, 3), feature_cls="getter")
+    feature_cfg = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
     return build_model_with_cfg(GsopPreActResNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 

@@ -17,5 +17,5 @@ def remove_stride(block: nn.Module) -> None:
             module.stride = (1, 1)
         elif isinstance(module, (nn.AvgPool2d, BlurPool2d)):  # in the shortcut (avg_down), and for anti-aliasing
             block.set_submodule(name, nn.Identity())
-    if hasattr(block, "stride"):  # a note that timm's ResNet keeps, not a layer's
-        block.stride = 1
+    if hasattr(block, "stride"):
+        block.stride = 1  # type: ignore[assignment]
