@@ -2,8 +2,6 @@
 
 import torch
 
-AFFINE = ("weight", "bias")
-
 
 def eigh_function(mat: torch.Tensor, fn) -> torch.Tensor:
     """Apply a scalar function to the eigenvalues of symmetric matrices (B, C, C)."""
@@ -45,23 +43,65 @@ def random_covariance(batch: int, size: int, rank: int | None = None, condition:
 
 
 def channel_gsop(x: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The channel-wise block in evaluation, with its shortcut: paper Table 2, one sample and one row at a time."""
-    w = {name: value.double() for name, value in weights.items() if value.is_floating_point()}
-
-    def batch_norm(values: torch.Tensor, name: str) -> torch.Tensor:
-        """Normalize (channels, values) in evaluation."""
-        mean, var, weight, bias = (w[f"{name}.{key}"][:, None] for key in ("running_mean", "running_var", *AFFINE))
-        return (values - mean) / (var + 1e-5).sqrt() * weight + bias
-
-    outputs = []
+    """Channel-wise scaling in evaluation: paper Table 2 left, one sample and one row at a time."""
+    scaled = []
     for sample in x.double():
-        reduced = batch_norm(w["reduce_conv.weight"][:, :, 0, 0] @ sample.flatten(1), "reduce_bn").clamp_min(0)
-        d = len(reduced)
-        cov = batch_norm(torch.cov(reduced, correction=0).view(d, d), "excitation.cov_bn")
-        kernels = w["excitation.row_conv.weight"][:, 0, :, 0]
-        hidden = torch.stack([kernels[k] @ cov[k // 4] for k in range(4 * d)])  # row r feeds outputs 4r … 4r+3
-        hidden = batch_norm(hidden[:, None], "excitation.row_conv_bn")[:, 0]
-        hidden = torch.where(hidden > 0, hidden, 0.1 * hidden)
-        logits = w["excitation.expand_conv.weight"][:, :, 0, 0] @ hidden + w["excitation.expand_conv.bias"]
-        outputs.append(sample + sample * (1 / (1 + (-logits).exp()))[:, None, None])
-    return torch.stack(outputs)
+        cov = torch.cov(_reduce(sample.flatten(1), weights), correction=0)
+        scaled.append(sample * _excite(cov, weights)[:, None, None])
+    return torch.stack(scaled)
+
+
+def position_gsop(x: torch.Tensor, weights: dict[str, torch.Tensor], side: int) -> torch.Tensor:
+    """Position-wise scaling in evaluation: paper Table 2 right, one sample and one row at a time."""
+    scaled = []
+    for sample in x.double():
+        height, width = sample.shape[1:]
+        maps = _reduce(sample.flatten(1), weights).view(-1, height, width)
+        pooled = pooling_matrix(height, side) @ maps @ pooling_matrix(width, side).T
+        cov = torch.cov(pooled.flatten(1).T, correction=0)
+        scaled.append(sample * resize_bilinear(_excite(cov, weights).view(side, side), height, width))
+    return torch.stack(scaled)
+
+
+def pooling_matrix(size: int, side: int) -> torch.Tensor:
+    """Adaptive average pooling in one dimension: output i is the mean of inputs floor(i·n/s) … ceil((i+1)·n/s) - 1."""
+    matrix = torch.zeros(side, size, dtype=torch.float64)
+    for i in range(side):
+        start, stop = i * size // side, -((-(i + 1) * size) // side)
+        matrix[i, start:stop] = 1 / (stop - start)
+    return matrix
+
+
+def resize_bilinear(weights: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Bilinear interpolation of a map, pixels as areas: the centre of output i is at (i + 0.5)·s/n - 0.5."""
+
+    def matrix(size: int, side: int) -> torch.Tensor:
+        at = ((torch.arange(size, dtype=torch.float64) + 0.5) * side / size - 0.5).clamp(0, side - 1)
+        return (1 - (at[:, None] - torch.arange(side)).abs()).clamp_min(0)
+
+    return matrix(height, len(weights)) @ weights @ matrix(width, len(weights)).T
+
+
+def _batch_norm(values: torch.Tensor, name: str, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Batch normalization of (channels, values) in evaluation."""
+    names = ("running_mean", "running_var", "weight", "bias")
+    mean, var, weight, bias = (weights[f"{name}.{key}"].double()[:, None] for key in names)
+    return (values - mean) / (var + 1e-5).sqrt() * weight + bias
+
+
+def _reduce(pixels: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """1×1 convolution, BN, ReLU: (C, M) to (d, M)."""
+    kernel = weights["reduction.conv.weight"][:, :, 0, 0].double()
+    return _batch_norm(kernel @ pixels, "reduction.bn", weights).clamp_min(0)
+
+
+def _excite(cov: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """From a covariance matrix (d, d) to weights, row by row; output channels 4r … 4r+3 belong to row r."""
+    size = weights["excitation.cov_bn.weight"].numel()
+    rows = _batch_norm(cov.view(size, size), "excitation.cov_bn", weights)
+    kernels = weights["excitation.row_conv.weight"][:, 0, :, 0].double()
+    hidden = torch.stack([kernels[k] @ rows[k // 4] for k in range(4 * size)])
+    hidden = _batch_norm(hidden[:, None], "excitation.row_conv_bn", weights)[:, 0]
+    hidden = torch.where(hidden > 0, hidden, 0.1 * hidden)
+    logits = weights["excitation.expand_conv.weight"][:, :, 0, 0].double() @ hidden
+    return 1 / (1 + (-logits - weights["excitation.expand_conv.bias"].double()).exp())

@@ -11,7 +11,7 @@ POOLS = [IsqrtCovPool2d, MpnCovPool2d]
 def test_is_the_triangle_of_the_root_of_the_covariance(pool_class):
     pool = pool_class(6, dim=4, dtype=torch.float64).eval()
     x = torch.randn(3, 6, 5, 7, dtype=torch.float64)
-    pixels = torch.einsum("dc,bcm->bdm", pool.reduce_conv.weight[:, :, 0, 0], x.flatten(2))
+    pixels = torch.einsum("dc,bcm->bdm", pool.reduction.conv.weight[:, :, 0, 0], x.flatten(2))
     reduced = (pixels / (1 + 1e-5) ** 0.5).clamp_min(0)  # a fresh batch normalization in evaluation
     cov = torch.stack([torch.cov(sample, correction=0) for sample in reduced])
     root = truncated_sqrt(cov, 5) if pool_class is IsqrtCovPool2d else eigh_function(cov, lambda v: v.relu().sqrt())
@@ -23,7 +23,7 @@ def test_is_the_triangle_of_the_root_of_the_covariance(pool_class):
 def test_shape_and_parameters_of_the_paper(pool_class):
     pool = pool_class(2048)
     assert pool.out_features == 256 * 257 // 2 == 32896
-    assert pool.reduce_conv.weight.numel() == 2048 * 256
+    assert pool.reduction.conv.weight.numel() == 2048 * 256
     assert pool(torch.randn(2, 2048, 7, 7)).shape == (2, 32896)
 
 

@@ -1,11 +1,16 @@
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.oracles import channel_gsop
-from timm_gsop import ChannelGsop, GsopBlock
+from tests.oracles import channel_gsop, position_gsop, resize_bilinear
+from timm_gsop import ChannelGsop, FusedGsop, GsopBlock, PositionGsop
+from timm_gsop.layers import FLAVORS, GSOP_TYPES, create_gsop
+
+SIZES = st.tuples(st.integers(1, 6), st.integers(1, 6))
+every_kind = pytest.mark.parametrize(("gsop_type", "flavor"), [(t, f) for t in GSOP_TYPES for f in FLAVORS])
 
 
 def randomize(module: nn.Module) -> nn.Module:
@@ -17,16 +22,21 @@ def randomize(module: nn.Module) -> nn.Module:
     return module
 
 
-def test_block_by_hand():
+def create(gsop_type: str, flavor: str = "paper", **kwargs) -> nn.Module:
+    """A small layer of 64 channels, the fewest that the official concatenation accepts."""
+    return create_gsop(gsop_type, 64, cov_dim=4, spatial_size=3, flavor=flavor, **kwargs)
+
+
+def test_channel_block_by_hand():
     """One channel, two pixels, cov_dim 1: small enough to follow with a pencil."""
     gsop = ChannelGsop(1, cov_dim=1).double().eval()
     e = gsop.excitation
     with torch.no_grad():
-        gsop.reduce_conv.weight.fill_(2.0)
+        gsop.reduction.conv.weight.fill_(2.0)
         e.row_conv.weight.copy_(torch.tensor([1.0, -1.0, 2.0, -2.0]).view(4, 1, 1, 1))
         e.expand_conv.weight.copy_(torch.tensor([1.0, 10.0, 1.0, 10.0]).view(1, 4, 1, 1))
         e.expand_conv.bias.fill_(-4.0)
-        for bn in (gsop.reduce_bn, e.cov_bn, e.row_conv_bn):
+        for bn in (gsop.reduction.bn, e.cov_bn, e.row_conv_bn):
             bn.eps = 0.0
     x = torch.tensor([1.0, 3.0], dtype=torch.float64).view(1, 1, 1, 2)
     # reduced: 2, 6; mean 4; covariance (4 + 4) / 2 = 4; row conv: 4, -4, 8, -8; LeakyReLU: 4, -0.4, 8, -0.8
@@ -36,30 +46,82 @@ def test_block_by_hand():
     torch.testing.assert_close(GsopBlock(gsop)(x), (1 + weight) * x)
 
 
-@given(
-    channels=st.integers(1, 9),
-    cov_dim=st.integers(1, 9),
-    batch=st.integers(1, 3),
-    size=st.tuples(st.integers(1, 6), st.integers(1, 6)),
-)
-def test_block_equals_the_paper_row_by_row(channels, cov_dim, batch, size):
+def test_position_block_by_hand():
+    """Two channels, one position, spatial_size 1: its variance over the channels decides its weight."""
+    gsop = PositionGsop(2, rd_channels=2, spatial_size=1).double().eval()
+    e = gsop.excitation
+    with torch.no_grad():
+        gsop.reduction.conv.weight.copy_(torch.eye(2).view(2, 2, 1, 1))
+        e.row_conv.weight.copy_(torch.tensor([1.0, 2.0, -10.0, 0.0]).view(4, 1, 1, 1))
+        e.expand_conv.weight.copy_(torch.tensor([1.0, 1.0, 1.0, 5.0]).view(1, 4, 1, 1))
+        e.expand_conv.bias.fill_(-7.0)
+        for bn in (gsop.reduction.bn, e.cov_bn, e.row_conv_bn):
+            bn.eps = 0.0
+    x = torch.tensor([[1.0, 1.0], [2.0, 8.0]], dtype=torch.float64).view(1, 2, 1, 2)
+    # pooled: 1 and 5; mean 3; variance (4 + 4) / 2 = 4; row conv: 4, 8, -40, 0; LeakyReLU: 4, 8, -4, 0
+    # logit: 4 + 8 - 4 - 7 = 1, for both pixels
+    torch.testing.assert_close(gsop(x), torch.sigmoid(torch.tensor(1.0, dtype=torch.float64)) * x)
+
+
+@given(channels=st.integers(1, 9), cov_dim=st.integers(1, 9), batch=st.integers(1, 3), size=SIZES)
+def test_channel_block_equals_the_paper_row_by_row(channels, cov_dim, batch, size):
     gsop = randomize(ChannelGsop(channels, cov_dim, dtype=torch.float64)).eval()
     x = torch.randn(batch, channels, *size, dtype=torch.float64)
-    torch.testing.assert_close(GsopBlock(gsop)(x), channel_gsop(x, gsop.state_dict()))
+    torch.testing.assert_close(GsopBlock(gsop)(x), x + channel_gsop(x, gsop.state_dict()))
 
 
-def test_gradients():
-    block = randomize(GsopBlock(ChannelGsop(3, 2, dtype=torch.float64))).eval()
-    x = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(block, x)
+@given(
+    channels=st.integers(1, 5),
+    rd_channels=st.integers(1, 5),
+    batch=st.integers(1, 3),
+    side=st.integers(1, 4),
+    size=SIZES,
+)
+def test_position_block_equals_the_paper_row_by_row(channels, rd_channels, batch, side, size):
+    """Maps of any size and shape, smaller than the square that they are pooled to included."""
+    gsop = randomize(PositionGsop(channels, rd_channels, side, dtype=torch.float64)).eval()
+    x = torch.randn(batch, channels, *size, dtype=torch.float64)
+    torch.testing.assert_close(GsopBlock(gsop)(x), x + position_gsop(x, gsop.state_dict(), side))
 
 
-def test_parameters_of_the_paper():
+@pytest.mark.parametrize("fusion", ["avg", "max", "concat"])
+def test_fusion_is_of_the_two_scaled_tensors(fusion):
+    gsop = randomize(FusedGsop(5, fusion, cov_dim=4, spatial_size=3, dtype=torch.float64)).eval()
+    x = torch.randn(2, 5, 7, 4, dtype=torch.float64)
+    weights = gsop.state_dict()
+
+    def of(part: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
+
+    by_channel, by_position = channel_gsop(x, of("channel.")), position_gsop(x, of("position."), 3)
+    if fusion == "concat":
+        kernel = weights["fuse.conv.weight"][:, :, 0, 0]
+        expected = torch.einsum("oc,bchw->bohw", kernel[:, :5], by_channel) + weights["fuse.conv.bias"][:, None, None]
+        expected = expected + torch.einsum("oc,bchw->bohw", kernel[:, 5:], by_position)
+    else:
+        expected = (by_channel + by_position) / 2 if fusion == "avg" else torch.max(by_channel, by_position)
+    torch.testing.assert_close(gsop(x), expected)
+
+
+def test_resizing_of_the_oracle_is_bilinear():
+    """A weight map of 2×2, spread over 1×4 pixels: rows average; columns at 1/4 of the way outwards of each centre."""
+    weights = torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(resize_bilinear(weights, 1, 4), torch.tensor([[0, 0.25, 0.75, 1]], dtype=torch.float64))
+
+
+@every_kind
+def test_gradients(gsop_type, flavor):
+    gsop = randomize(create(gsop_type, flavor, dtype=torch.float64)).eval()
+    x = torch.randn(1, 64, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: GsopBlock(gsop)(x).sum(dim=1), x)
+
+
+def test_parameters_of_the_channel_block():
     """Table 2, conv4_x: C·d, 2d, 4d·d and 4d·C; 0.72 M together."""
     channels, d = 1024, 128
     gsop = ChannelGsop(channels, d)
     counts = {name: p.numel() for name, p in gsop.named_parameters()}
-    assert counts["reduce_conv.weight"] == channels * d
+    assert counts["reduction.conv.weight"] == channels * d
     assert counts["excitation.cov_bn.weight"] + counts["excitation.cov_bn.bias"] == 2 * d
     assert counts["excitation.row_conv.weight"] == 4 * d * d
     assert counts["excitation.expand_conv.weight"] == 4 * d * channels
@@ -69,15 +131,23 @@ def test_parameters_of_the_paper():
     assert sum(counts.values()) == convolutions + 2 * d + others
 
 
-def test_normalization_is_row_wise():
+def test_parameters_of_the_position_block():
+    """Table 2, conv4_x: 0.16 M."""
+    convolutions = [m.weight.numel() for m in PositionGsop(1024).modules() if isinstance(m, nn.Conv2d)]
+    assert convolutions == [1024 * 128, 64 * 256, 256 * 64]
+
+
+@pytest.mark.parametrize("gsop_class", [ChannelGsop, PositionGsop])
+def test_normalization_is_row_wise(gsop_class):
     """In training, every row of the covariance has mean 0 and variance 1 over batch and columns."""
-    gsop = ChannelGsop(6, 4).train()
+    gsop = gsop_class(6, 4).train()
+    gsop.excitation.cov_bn.eps = 1e-12
     seen = []
     gsop.excitation.cov_bn.register_forward_hook(lambda module, args, output: seen.append(output))
-    gsop(torch.randn(8, 6, 5, 5))
+    gsop(100 * torch.randn(8, 6, 9, 9))
     rows = seen[0].squeeze(-1).transpose(0, 1).flatten(1)
-    torch.testing.assert_close(rows.mean(1), torch.zeros(4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(rows.var(1, correction=0), torch.ones(4), atol=1e-2, rtol=0)
+    torch.testing.assert_close(rows.mean(1), torch.zeros(len(rows)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows.var(1, correction=0), torch.ones(len(rows)), atol=1e-5, rtol=0)
 
 
 def test_row_convolution_sees_its_row_only():
@@ -89,47 +159,81 @@ def test_row_convolution_sees_its_row_only():
         assert grad[0].abs().sum(1).nonzero().flatten().tolist() == [output // 4]
 
 
-def test_constant_image_gives_finite_values_and_gradients():
-    block = GsopBlock(ChannelGsop(4, 3)).train()
-    x = torch.ones(2, 4, 5, 5, requires_grad=True)
-    y = block(x)
+@every_kind
+@pytest.mark.parametrize("size", [(8, 8), (1, 1), (1, 9), (17, 5)])
+def test_any_map_size(gsop_type, flavor, size):
+    x = torch.randn(2, 64, *size)
+    y = create(gsop_type, flavor).train()(x)
+    assert y.shape == x.shape
+    assert y.isfinite().all()
+
+
+@every_kind
+def test_constant_image_gives_finite_values_and_gradients(gsop_type, flavor):
+    gsop = create(gsop_type, flavor).train()
+    x = torch.ones(2, 64, 5, 5, requires_grad=True)
+    y = gsop(x)
     y.sum().backward()
     assert y.isfinite().all()
     assert x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in gsop.parameters())
 
 
+@every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_keeps_the_dtype(dtype):
-    block = GsopBlock(ChannelGsop(8, 4, dtype=dtype)).eval()
-    x = torch.randn(2, 8, 5, 5).to(dtype)
-    assert block(x).dtype == dtype
-    reference = GsopBlock(ChannelGsop(8, 4)).eval()
-    reference.load_state_dict(block.state_dict())
-    torch.testing.assert_close(block(x).float(), reference(x.float()), rtol=0.02, atol=0.02)
+def test_keeps_the_dtype(gsop_type, flavor, dtype):
+    gsop = create(gsop_type, flavor, dtype=dtype).eval()
+    x = torch.randn(2, 64, 5, 5).to(dtype)
+    assert gsop(x).dtype == dtype
+    reference = create(gsop_type, flavor).eval()
+    reference.load_state_dict(gsop.state_dict())
+    torch.testing.assert_close(gsop(x).float(), reference(x.float()), rtol=0.05, atol=0.05)
 
 
-def test_is_an_attention_layer_of_timm():
-    import timm
+@every_kind
+def test_is_an_attention_layer_of_timm(gsop_type, flavor):
+    def attn_layer(channels, **kwargs):
+        return create_gsop(gsop_type, channels, cov_dim=4, spatial_size=3, flavor=flavor, **kwargs)
 
-    model = timm.create_model("resnet26", block_args=dict(attn_layer=ChannelGsop), num_classes=3).eval()
-    assert isinstance(model.layer1[0].se, ChannelGsop)
+    model = timm.create_model("resnet26", block_args=dict(attn_layer=attn_layer), num_classes=3).eval()
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
 
 
-@pytest.mark.parametrize(("argument", "value"), [("channels", 0), ("cov_dim", 0), ("cov_dim", 2.5)])
-def test_bad_argument_is_named(argument, value):
+@pytest.mark.parametrize(
+    ("gsop_class", "argument", "value"),
+    [
+        (ChannelGsop, "channels", 0),
+        (ChannelGsop, "cov_dim", 0),
+        (ChannelGsop, "cov_dim", 2.5),
+        (PositionGsop, "channels", -1),
+        (PositionGsop, "rd_channels", 0),
+        (PositionGsop, "spatial_size", 0),
+        (FusedGsop, "spatial_size", 0),
+    ],
+)
+def test_bad_argument_is_named(gsop_class, argument, value):
     with pytest.raises(ValueError, match=f"{argument}={value} .* integer >= 1"):
-        ChannelGsop(**{"channels": 4, argument: value})
+        gsop_class(**{"channels": 4, argument: value})
 
 
-def test_wrong_rank_is_named():
-    with pytest.raises(ValueError, match=r"input has shape \(4, 8, 8\).* accepted: \(B, C, H, W\)"):
-        ChannelGsop(4)(torch.zeros(4, 8, 8))
+def test_unknown_fusion_is_named():
+    with pytest.raises(ValueError, match="fusion='sum' is not known; accepted: 'avg', 'max', 'concat'"):
+        FusedGsop(4, "sum")
 
 
-def test_batch_of_one_in_training_is_named():
-    gsop = ChannelGsop(4, 2)
-    x = torch.randn(1, 4, 8, 8)
-    with pytest.raises(ValueError, match=r"input has shape \(1, 4, 8, 8\), a batch of one.*at least 2"):
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_wrong_rank_is_named(flavor):
+    for gsop_type in GSOP_TYPES:
+        with pytest.raises(ValueError, match=r"input has shape \(64, 8, 8\).* accepted: \(B, C, H, W\)"):
+            create(gsop_type, flavor)(torch.zeros(64, 8, 8))
+
+
+@pytest.mark.parametrize("gsop_type", GSOP_TYPES)
+def test_batch_of_one_in_training_is_named(gsop_type):
+    gsop = create(gsop_type)
+    x = torch.randn(1, 64, 8, 8)
+    with pytest.raises(ValueError, match=r"input has shape \(1, 64, 8, 8\), a batch of one.*at least 2"):
         gsop.train()(x)
     assert gsop.eval()(x).shape == x.shape
+    timm.utils.freeze(gsop.train())  # frozen batch normalization needs no batch
+    assert timm.layers.freeze_batch_norm_2d(gsop)(x).shape == x.shape

@@ -7,7 +7,7 @@ from timm.models import model_parameters
 from timm.models.resnet import Bottleneck, ResNet
 
 from benchmarks.cost import measure
-from timm_gsop.layers import ChannelGsop, GsopBlock, IsqrtCovPool2d, MpnCovPool2d
+from timm_gsop.layers import FLAVORS, GSOP_TYPES, ChannelGsop, GsopBlock, IsqrtCovPool2d, MpnCovPool2d
 
 ALL_MODELS = timm.list_models(module=["gsop_resnet", "gsop_preresnet"])
 # As small as the families get: narrow ResNets with all their parts, and the 20-layer networks.
@@ -21,6 +21,13 @@ SMALL_MODELS = {
     "gsop_preresnet20_net1": dict(num_classes=5, cov_dim=8),
     "gsop_preresnet20_net2": dict(num_classes=5, cov_dim=8, isqrt_dim=6),
 }
+# Every kind of block and both flavors; the official concatenation wants 64·2^k channels.
+VARIANTS = {
+    f"{gsop_type}-{flavor}": dict(gsop_type=gsop_type, flavor=flavor, channels=(16, 32, 64, 128), spatial_size=3)
+    for gsop_type in GSOP_TYPES
+    for flavor in FLAVORS
+}
+variants = pytest.mark.parametrize("variant", VARIANTS)
 small_models = pytest.mark.parametrize("name", SMALL_MODELS)
 
 
@@ -133,7 +140,7 @@ def test_placement(gsop_layers):
 
 def test_arguments_reach_the_layers():
     model = create("gsop_resnet26_net2", cov_dim=7, isqrt_dim=9, isqrt_iters=3)
-    assert {m.reduce_conv.out_channels for m in model.modules() if isinstance(m, ChannelGsop)} == {7}
+    assert {m.reduction.conv.out_channels for m in model.modules() if isinstance(m, ChannelGsop)} == {7}
     assert isinstance(model.global_pool, IsqrtCovPool2d)
     assert (model.global_pool.out_features, model.global_pool.num_iters) == (45, 3)
     assert isinstance(create("mpncov_resnet50").global_pool, MpnCovPool2d)
@@ -277,11 +284,52 @@ def test_save_and_load_restore_arguments_and_logits(name, tmp_path):
     torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
 
 
+@variants
+@pytest.mark.parametrize("net", [1, 2])
+def test_every_kind_of_block_trains(variant, net):
+    model = create(f"gsop_resnet26_net{net}", **VARIANTS[variant]).train()
+    model(torch.randn(2, 3, 64, 96)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@variants
+def test_every_kind_of_block_is_scriptable(variant):
+    model = create("gsop_resnet26_net2", scriptable=True, **VARIANTS[variant]).eval()
+    x = torch.randn(2, 3, 64, 96)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@variants
+def test_every_kind_of_block_is_traced_by_fx(variant):
+    model = create("gsop_resnet26_net2", **VARIANTS[variant]).eval()
+    x = torch.randn(2, 3, 64, 96)
+    torch.testing.assert_close(timm.models.create_feature_extractor(model, ["layer3", "fc"])(x)["fc"], model(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+@variants
+def test_every_kind_of_block_is_saved_and_loaded(variant, tmp_path):
+    model = create("gsop_resnet26_net2", **VARIANTS[variant]).eval()
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("gsop_type", GSOP_TYPES)
+def test_every_kind_of_block_in_the_cifar_family(gsop_type):
+    model = create("gsop_preresnet20_net2", gsop_type=gsop_type, spatial_size=3).train()
+    model(torch.randn(2, 3, 32, 24)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("name", ["gsop_resnet26_net2", "gsop_preresnet20_net2"])
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("gsop_type", "spatial", "accepted: 'channel'"),
+        ("gsop_type", "spatial", "accepted: 'channel', 'position', 'avg', 'max', 'concat'"),
+        ("flavor", "authors", "accepted: 'paper'"),
+        ("spatial_size", 0, "integer >= 1"),
         ("global_pool", "sum", "accepted: '', 'avg'.*'isqrt', 'mpn'"),
         ("gsop_layers", (0, 1), "stages from 1 to [34]"),
         ("gsop_layers", (5,), "stages from 1 to [34]"),

@@ -5,12 +5,15 @@ import timm  # noqa: F401  # first: it may trigger our autoload, which must not 
 from timm_gsop import models
 from timm_gsop.layers import (
     ChannelGsop,
+    FusedGsop,
     GsopBlock,
     IsqrtCovPool2d,
     MpnCovPool2d,
+    PositionGsop,
     covariance_pool,
     eigh_power,
     newton_schulz_sqrt,
+    position_covariance,
     triu_vectorize,
 )
 
@@ -18,13 +21,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ChannelGsop",
+    "FusedGsop",
     "GsopBlock",
     "IsqrtCovPool2d",
     "MpnCovPool2d",
+    "PositionGsop",
     "__version__",
     "covariance_pool",
     "eigh_power",
     "models",
     "newton_schulz_sqrt",
+    "position_covariance",
     "triu_vectorize",
 ]

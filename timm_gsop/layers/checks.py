@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_function
 from torch import nn
 
 __all__ = [
@@ -47,24 +46,18 @@ def check_stages(name: str, value: Any, num_stages: int) -> None:
         )
 
 
-# The checks of tensors below are leaves in torch.fx's graphs, where a shape is no number that an `if` could test.
-
-
-@register_notrace_function
 def check_ndim(name: str, x: torch.Tensor, accepted: tuple[int, ...], layout: str) -> None:
     """Raise ``ValueError`` unless ``x.ndim`` is one of ``accepted``; ``layout`` describes them in the message."""
     if x.ndim not in accepted:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, with {x.ndim} dimensions; accepted: {layout}.")
 
 
-@register_notrace_function
 def check_square(name: str, x: torch.Tensor) -> None:
     """Raise ``ValueError`` unless ``x`` is a batch of square matrices, of shape (B, C, C)."""
     if x.ndim != 3 or x.shape[-1] != x.shape[-2]:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; accepted: (B, C, C), a batch of square matrices.")
 
 
-@register_notrace_function
 def check_batch_for_training(name: str, x: torch.Tensor, bn: nn.Module) -> None:
     """Raise ``ValueError`` for a batch of one where ``bn``, fed one value a channel and sample, is in training."""
     # SyncBatchNorm may see more samples on other processes, a frozen one needs none: neither is a BatchNorm2d.

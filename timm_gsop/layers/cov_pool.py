@@ -3,11 +3,16 @@
 import torch
 from torch import nn
 
+from timm_gsop.layers.channel_reduction import ChannelReduction
 from timm_gsop.layers.checks import check_ndim, check_positive_int
 from timm_gsop.layers.covariance import covariance_pool, triu_vectorize
 from timm_gsop.layers.matrix_sqrt import eigh_power, newton_schulz_sqrt
 
 __all__ = ["IsqrtCovPool2d", "MpnCovPool2d"]
+
+# Leaves in torch.fx's graphs: within a trace, shapes are no numbers that they could test.
+for _leaf in ("check_ndim", "covariance_pool", "eigh_power", "newton_schulz_sqrt", "triu_vectorize"):
+    torch.fx.wrap(_leaf)
 
 
 class _CovPool2d(nn.Module):
@@ -27,24 +32,21 @@ class _CovPool2d(nn.Module):
         check_positive_int("in_features", in_features)
         check_positive_int("dim", dim)
         self.out_features = dim * (dim + 1) // 2
-        self.reduce_conv = nn.Conv2d(in_features, dim, 1, bias=False, device=device, dtype=dtype)
-        self.reduce_bn = nn.BatchNorm2d(dim, device=device, dtype=dtype)
-        self.reduce_act = nn.ReLU(inplace=True)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """He initialization, as in the paper's experiments (section 4)."""
-        nn.init.kaiming_normal_(self.reduce_conv.weight, nonlinearity="relu")
+        self.reduction = ChannelReduction(in_features, dim, device=device, dtype=dtype)
 
     def normalize(self, cov: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
+
+    def vectorize(self, mat: torch.Tensor) -> torch.Tensor:
+        """Triangle of the symmetric matrix, (B, dim, dim) to (B, dim·(dim+1)/2), in the order that the weights have."""
+        return triu_vectorize(mat)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Pool (B, C, H, W) to (B, dim·(dim+1)/2), in the dtype that the convolution gives."""
         if not torch.jit.is_scripting():
             check_ndim("input", x, (4,), "(B, C, H, W)")
-        x = self.reduce_act(self.reduce_bn(self.reduce_conv(x)))
-        return triu_vectorize(self.normalize(covariance_pool(x))).to(x.dtype)
+        x = self.reduction(x)
+        return self.vectorize(self.normalize(covariance_pool(x))).to(x.dtype)
 
 
 class IsqrtCovPool2d(_CovPool2d):

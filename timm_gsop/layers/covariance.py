@@ -1,15 +1,13 @@
 """Covariance of feature maps, and its triangle as a vector."""
 
 import torch
-from timm.layers import register_notrace_function
 
 from timm_gsop.layers.checks import check_ndim, check_square
 from timm_gsop.layers.precision import at_least_float32, autocast_disabled
 
-__all__ = ["covariance_pool", "triu_vectorize"]
+__all__ = ["covariance_pool", "position_covariance", "triu_vectorize"]
 
 
-@register_notrace_function
 def covariance_pool(x: torch.Tensor) -> torch.Tensor:
     r"""Covariance between channels, over the positions of a feature map (paper section 3.1).
 
@@ -40,7 +38,30 @@ def _covariance(x: torch.Tensor) -> torch.Tensor:
     return torch.bmm(x, x.transpose(1, 2)) / x.shape[2]
 
 
-@register_notrace_function
+def position_covariance(x: torch.Tensor) -> torch.Tensor:
+    r"""Covariance between positions, over the channels of a feature map (paper section 3.2).
+
+    .. math:: \Sigma = \frac{1}{C} \bar{X}^\top \bar{X}
+
+    where X̄ is centred over the channels of each position. It is the biased estimate.
+
+    Args:
+        x: Features, (B, C, H, W) or (B, C, M), M = H·W positions.
+
+    Returns:
+        (B, M, M), positions in row-major order, symmetric and positive semi-definite, in float32, or in float64 if
+        ``x`` is. Autocast has no effect.
+
+    Raises:
+        ValueError: If ``x`` has neither three nor four dimensions.
+    """
+    if torch.jit.is_scripting():  # knows neither autocast nor our checks
+        return _covariance(x.flatten(2).transpose(1, 2))
+    check_ndim("x", x, (3, 4), "(B, C, H, W) or (B, C, M)")
+    with autocast_disabled(x.device):
+        return _covariance(x.flatten(2).transpose(1, 2))
+
+
 def triu_vectorize(mat: torch.Tensor) -> torch.Tensor:
     """Upper triangle of symmetric matrices, diagonal included, in row-major order.
 

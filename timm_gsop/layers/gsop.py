@@ -1,12 +1,20 @@
 """Global second-order pooling (GSoP) blocks: a covariance decides how the features are scaled."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from timm_gsop.layers.checks import check_batch_for_training, check_ndim, check_positive_int
-from timm_gsop.layers.covariance import covariance_pool
+from timm_gsop.layers.channel_reduction import ChannelReduction
+from timm_gsop.layers.checks import check_batch_for_training, check_choice, check_ndim, check_positive_int
+from timm_gsop.layers.covariance import covariance_pool, position_covariance
 
-__all__ = ["ChannelGsop", "CovarianceExcitation", "GsopBlock"]
+__all__ = ["FUSIONS", "ChannelGsop", "CovarianceExcitation", "FusedGsop", "GsopBlock", "PositionGsop"]
+
+FUSIONS = ("avg", "max", "concat")
+
+# Leaves in torch.fx's graphs: within a trace, shapes are no numbers that they could test.
+for _leaf in ("check_batch_for_training", "check_ndim", "covariance_pool", "position_covariance"):
+    torch.fx.wrap(_leaf)
 
 
 class CovarianceExcitation(nn.Module):
@@ -32,8 +40,8 @@ class CovarianceExcitation(nn.Module):
         hidden = 4 * cov_dim
         self.cov_bn = nn.BatchNorm2d(cov_dim, device=device, dtype=dtype)
         self.row_conv = nn.Conv2d(cov_dim, hidden, (cov_dim, 1), groups=cov_dim, bias=False, device=device, dtype=dtype)
-        self.row_conv_bn = nn.BatchNorm2d(hidden, device=device, dtype=dtype)
-        self.act = nn.LeakyReLU(0.1, inplace=True)
+        self.row_conv_bn: nn.Module = nn.BatchNorm2d(hidden, device=device, dtype=dtype)
+        self.act: nn.Module = nn.LeakyReLU(0.1, inplace=True)
         self.expand_conv = nn.Conv2d(hidden, out_features, 1, device=device, dtype=dtype)
         self.gate = nn.Sigmoid()
         self.init_weights()
@@ -80,28 +88,158 @@ class ChannelGsop(nn.Module):
         super().__init__()
         check_positive_int("channels", channels)
         check_positive_int("cov_dim", cov_dim)
-        self.reduce_conv = nn.Conv2d(channels, cov_dim, 1, bias=False, device=device, dtype=dtype)
-        self.reduce_bn = nn.BatchNorm2d(cov_dim, device=device, dtype=dtype)
-        self.reduce_act = nn.ReLU(inplace=True)
+        self.reduction: nn.Module = ChannelReduction(channels, cov_dim, device=device, dtype=dtype)
         self.excitation = CovarianceExcitation(cov_dim, channels, device=device, dtype=dtype)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """He initialization, as in the paper's experiments (section 4)."""
-        nn.init.kaiming_normal_(self.reduce_conv.weight, nonlinearity="relu")
-        self.excitation.init_weights()
 
     def channel_weights(self, x: torch.Tensor) -> torch.Tensor:
         """Weights between 0 and 1 of the channels of ``x``: (B, C, H, W) to (B, C, 1, 1)."""
         if not torch.jit.is_scripting():
             check_ndim("input", x, (4,), "(B, C, H, W)")
             check_batch_for_training("input", x, self.excitation.row_conv_bn)
-        x = self.reduce_act(self.reduce_bn(self.reduce_conv(x)))
-        return self.excitation(covariance_pool(x))
+        return self.excitation(covariance_pool(self.reduction(x)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scale the channels of ``x``, (B, C, H, W)."""
         return x * self.channel_weights(x)
+
+
+class PositionGsop(nn.Module):
+    """Position-wise GSoP: the covariance between positions scales the positions (paper section 3.2, Table 2 right).
+
+    Squeeze: 1×1 convolution to ``rd_channels`` channels, BN, ReLU, adaptive average pooling to a fixed square,
+    covariance between its positions over the channels. Excitation: see :class:`CovarianceExcitation`; its weights are
+    a map, interpolated (bilinear) to the size of the input. There is no shortcut in here, see :class:`GsopBlock`.
+
+    Args:
+        channels: Channels of the input, C.
+        rd_channels: Channels after reduction.
+        spatial_size: Side of the square that the map is pooled to; the covariance matrix has its square as size. Maps
+            smaller than the square are accepted.
+
+    Raises:
+        ValueError: If an argument < 1; in ``forward``, if the input has not four dimensions, or is a batch of one in
+            training.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        rd_channels: int = 128,
+        spatial_size: int = 8,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive_int("channels", channels)
+        check_positive_int("rd_channels", rd_channels)
+        check_positive_int("spatial_size", spatial_size)
+        self.spatial_size = spatial_size
+        positions = spatial_size**2
+        self.reduction: nn.Module = ChannelReduction(channels, rd_channels, device=device, dtype=dtype)
+        self.excitation = CovarianceExcitation(positions, positions, device=device, dtype=dtype)
+
+    def covariance(self, x: torch.Tensor) -> torch.Tensor:
+        """Covariance between the positions of the pooled map, (B, d, s, s) to (B, s², s²)."""
+        return position_covariance(x)
+
+    def resize(self, weights: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Bring the map of weights to the size of the input, (B, 1, s, s) to (B, 1, H, W)."""
+        return F.interpolate(weights, size=(height, width), mode="bilinear", align_corners=False)
+
+    def position_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Weights between 0 and 1 of the positions of ``x``: (B, C, H, W) to (B, 1, H, W)."""
+        if not torch.jit.is_scripting():
+            check_ndim("input", x, (4,), "(B, C, H, W)")
+            check_batch_for_training("input", x, self.excitation.row_conv_bn)
+        pooled = F.adaptive_avg_pool2d(self.reduction(x), self.spatial_size)
+        weights = self.excitation(self.covariance(pooled))
+        return self.resize(weights.reshape(-1, 1, self.spatial_size, self.spatial_size), x.shape[2], x.shape[3])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scale the positions of ``x``, (B, C, H, W)."""
+        return x * self.position_weights(x)
+
+
+class Average(nn.Module):
+    """Mean of two tensors."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return (a + b) / 2."""
+        return (a + b) / 2
+
+
+class Maximum(nn.Module):
+    """Elementwise maximum of two tensors."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Return max(a, b)."""
+        return torch.maximum(a, b)
+
+
+class Concatenation(nn.Module):
+    """Concatenation of the channels of two tensors, and a 1×1 convolution back to as many as one has.
+
+    Args:
+        channels: Channels of each.
+    """
+
+    def __init__(
+        self, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2 * channels, channels, 1, device=device, dtype=dtype)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """He initialization, as in the paper's experiments (section 4)."""
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Concatenate and convolve."""
+        return self.conv(torch.cat([a, b], dim=1))
+
+
+class FusedGsop(nn.Module):
+    """Channel- and position-wise GSoP of the same input, fused (paper section 4.1, Table 4(b)).
+
+    Args:
+        channels: Channels of the input, C.
+        fusion: ``"avg"``, ``"max"`` (elementwise), or ``"concat"``, followed by a 1×1 convolution back to C channels.
+        cov_dim: Channels after reduction in both, the size of the channel covariance.
+        spatial_size: Side of the square that the position-wise part pools to.
+
+    Raises:
+        ValueError: If ``fusion`` is unknown or another argument < 1; in ``forward``, if the input has not four
+            dimensions, or is a batch of one in training.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        fusion: str = "avg",
+        cov_dim: int = 128,
+        spatial_size: int = 8,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("fusion", fusion, FUSIONS)
+        self.channel = ChannelGsop(channels, cov_dim, device=device, dtype=dtype)
+        self.position = PositionGsop(channels, cov_dim, spatial_size, device=device, dtype=dtype)
+        self.fuse: nn.Module
+        if fusion == "avg":
+            self.fuse = Average()
+        elif fusion == "max":
+            self.fuse = Maximum()
+        else:
+            self.fuse = Concatenation(channels, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scale ``x``, (B, C, H, W), in both ways, and fuse the two."""
+        return self.fuse(self.channel(x), self.position(x))
 
 
 class GsopBlock(nn.Module):

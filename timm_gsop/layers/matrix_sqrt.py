@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_function
 
 from timm_gsop.layers.checks import check_positive, check_positive_int, check_square
 from timm_gsop.layers.precision import at_least_float32, autocast_disabled
@@ -11,7 +10,6 @@ from timm_gsop.layers.precision import at_least_float32, autocast_disabled
 __all__ = ["eigh_power", "newton_schulz_sqrt"]
 
 
-@register_notrace_function
 def newton_schulz_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
     r"""Approximate square root by Newton–Schulz iterations (iSQRT-COV, CVPR 2018, equations 4 to 7).
 
@@ -58,7 +56,6 @@ def _newton_schulz(cov: torch.Tensor, num_iters: int) -> torch.Tensor:
     return y * torch.where(is_zero, torch.zeros_like(trace), trace.sqrt())
 
 
-@register_notrace_function
 def eigh_power(cov: torch.Tensor, power: float = 0.5) -> torch.Tensor:
     r"""Matrix power by eigen-decomposition (MPN-COV, ICCV 2017), :math:`U \Lambda^p U^\top`.
 

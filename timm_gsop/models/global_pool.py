@@ -6,7 +6,7 @@ import torch
 from timm.layers import create_classifier, get_device_dtype
 from torch import nn
 
-from timm_gsop.layers import IsqrtCovPool2d, MpnCovPool2d
+from timm_gsop.layers import IsqrtCovPool2d, MpnCovPool2d, OfficialIsqrtCovPool2d
 from timm_gsop.layers.checks import check_choice, check_positive_int
 
 __all__ = ["GLOBAL_POOLS", "GlobalPoolMixin"]
@@ -35,20 +35,32 @@ class GlobalPoolMixin:
         num_classes: int,
         global_pool: str,
         isqrt_dim: int,
-        isqrt_iters: int,
+        isqrt_iters: int | None,
+        flavor: str,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """Create pooling and classifier.
 
+        Args:
+            num_classes: Number of classes, 0 for none.
+            global_pool: One of ``GLOBAL_POOLS``.
+            isqrt_dim: Channels after reduction in covariance pooling.
+            isqrt_iters: Newton–Schulz iterations; None for the flavor's own.
+            flavor: ``"paper"`` or ``"official"``.
+            device: Device of the weights.
+            dtype: Precision of the weights.
+
         Raises:
             ValueError: If ``global_pool`` is unknown, or ``isqrt_dim`` or ``isqrt_iters`` < 1.
         """
         check_positive_int("isqrt_dim", isqrt_dim)
-        check_positive_int("isqrt_iters", isqrt_iters)
+        if isqrt_iters is not None:
+            check_positive_int("isqrt_iters", isqrt_iters)
         self.isqrt_dim = isqrt_dim
         self.isqrt_iters = isqrt_iters
+        self.flavor = flavor
         self.global_pool: Any = nn.Identity()
         self._set_global_pool(num_classes, global_pool, device=device, dtype=dtype)
 
@@ -82,11 +94,14 @@ class GlobalPoolMixin:
     def _has_pool(self, pool_type: str) -> bool:
         pool = self.global_pool
         same_type = getattr(pool, "pool_type", None) == pool_type
-        return same_type and pool.reduce_conv.in_channels == self.num_features  # pruning may change the latter
+        return same_type and pool.reduction.conv.in_channels == self.num_features  # pruning may change the latter
 
     def _create_cov_pool(self, pool_type: str, **dd: Any) -> nn.Module:
         if pool_type == "isqrt":
-            return IsqrtCovPool2d(self.num_features, self.isqrt_dim, self.isqrt_iters, **dd)
+            pool_class = IsqrtCovPool2d if self.flavor == "paper" else OfficialIsqrtCovPool2d
+            if self.isqrt_iters is None:
+                return pool_class(self.num_features, self.isqrt_dim, **dd)
+            return pool_class(self.num_features, self.isqrt_dim, self.isqrt_iters, **dd)
         return MpnCovPool2d(self.num_features, self.isqrt_dim, **dd)
 
     @torch.jit.ignore

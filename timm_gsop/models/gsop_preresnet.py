@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
-from timm_gsop.layers import GSOP_TYPES, GsopBlock, create_gsop
+from timm_gsop.layers import GsopBlock, check_gsop, create_gsop
 from timm_gsop.layers.checks import check_choice, check_positive_int, check_stages
 from timm_gsop.models.global_pool import GlobalPoolMixin
 from timm_gsop.models.last_stride import remove_stride
@@ -44,9 +44,11 @@ class GsopPreActResNet(GlobalPoolMixin, ResNetV2):
         gsop_interval: A block follows every so many bottlenecks of a stage, counted from its end, where one stands
             always.
         gsop_last: Whether a block follows the network's last bottleneck; in Net2 iSQRT-COV pooling stands there.
-        cov_dim: Channels after reduction in a block, the size of its covariance matrix.
+        cov_dim: Channels after reduction in a block, the size of its channel covariance.
+        spatial_size: In blocks by position: side of the square that the map is pooled to.
         isqrt_dim: Channels after reduction in covariance pooling.
         isqrt_iters: Newton–Schulz iterations in ``"isqrt"`` pooling.
+        flavor: ``"paper"``; there is no other.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth.
         zero_init_last: Start every bottleneck as the identity.
@@ -67,8 +69,10 @@ class GsopPreActResNet(GlobalPoolMixin, ResNetV2):
         gsop_interval: int = 3,
         gsop_last: bool = True,
         cov_dim: int = 64,
+        spatial_size: int = 8,
         isqrt_dim: int = 128,
         isqrt_iters: int = 5,
+        flavor: str = "paper",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         zero_init_last: bool = False,
@@ -77,10 +81,10 @@ class GsopPreActResNet(GlobalPoolMixin, ResNetV2):
     ) -> None:
         check_positive_int("depth", depth)
         check_choice("last_stride", last_stride, (1, 2))
-        check_choice("gsop_type", gsop_type, GSOP_TYPES)
+        check_choice("flavor", flavor, ("paper",))  # the released code has no networks for small images
         check_stages("gsop_layers", gsop_layers, num_stages=3)
         check_positive_int("gsop_interval", gsop_interval)
-        check_positive_int("cov_dim", cov_dim)
+        check_gsop(gsop_type, cov_dim, spatial_size, flavor)
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         super().__init__(
             layers=[depth] * 3,
@@ -107,9 +111,9 @@ class GsopPreActResNet(GlobalPoolMixin, ResNetV2):
             if stage == 3 and not gsop_last:
                 positions.pop()
             channels = self.feature_info[stage]["num_chs"]
-            blocks = {i: GsopBlock(create_gsop(gsop_type, channels, cov_dim, **dd)) for i in positions}
+            blocks = {i: GsopBlock(create_gsop(gsop_type, channels, cov_dim, spatial_size, **dd)) for i in positions}
             self.stages[stage - 1].blocks = _interleave(self.stages[stage - 1].blocks, blocks)
-        self.init_global_pool(num_classes, global_pool, isqrt_dim, isqrt_iters, **dd)
+        self.init_global_pool(num_classes, global_pool, isqrt_dim, isqrt_iters, flavor, **dd)
 
     def _replace_stem(self, **dd: Any) -> None:
         """Put a 3×3 convolution, which keeps the small image's size, in place of ResNet's 7×7 one and pooling."""

@@ -15,8 +15,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from timm_gsop.layers import GSOP_TYPES, GsopBlock, create_gsop
-from timm_gsop.layers.checks import check_choice, check_positive_int, check_stages
+from timm_gsop.layers import GsopBlock, check_gsop, create_gsop
+from timm_gsop.layers.checks import check_choice, check_stages
 from timm_gsop.models.global_pool import GlobalPoolMixin
 from timm_gsop.models.last_stride import remove_stride
 
@@ -26,7 +26,8 @@ __all__ = ["GsopResNet"]  # register_model adds the entry points
 class GsopResNet(GlobalPoolMixin, ResNet):
     """timm's ResNet with GSoP blocks after its stages, and first- or second-order global pooling (paper Table 3).
 
-    A block is appended to its stage, so that the backbone's weights have the names that they have in timm's ResNet.
+    A block is appended to its stage, so that the backbone's weights have the names that they have in timm's ResNet. In
+    the official flavor it stands inside the last bottleneck instead, as ``se``.
 
     Args:
         block: Residual block, timm's ``Bottleneck`` or ``BasicBlock``.
@@ -37,10 +38,13 @@ class GsopResNet(GlobalPoolMixin, ResNet):
         last_stride: Stride of the last stage, undilated: 1, as in the paper, or 2, as in other ResNets.
         gsop_type: Kind of the blocks, one of ``GSOP_TYPES``.
         gsop_layers: Stages 1 to 4 (``layer1`` to ``layer4``) that end with a block; ``()`` for none.
-        cov_dim: Channels after reduction in a block, the size of its covariance matrix.
+        cov_dim: Channels after reduction in a block, the size of its channel covariance.
+        spatial_size: In blocks by position: side of the square that the map is pooled to.
         isqrt_dim: Channels after reduction in covariance pooling.
-        isqrt_iters: Newton–Schulz iterations in ``"isqrt"`` pooling.
-        **kwargs: All other arguments of timm's ``ResNet``.
+        isqrt_iters: Newton–Schulz iterations in ``"isqrt"`` pooling; None for the flavor's own, 5 in the paper, 3 in
+            the released code.
+        flavor: ``"paper"``, or ``"official"`` for what the paper's authors released (``timm_gsop.layers.official``).
+        **kwargs: All other arguments of timm's ``ResNet``; ``zero_init_last`` is False in the official flavor.
 
     Raises:
         ValueError: If an argument is not among the accepted ones.
@@ -57,27 +61,35 @@ class GsopResNet(GlobalPoolMixin, ResNet):
         gsop_type: str = "channel",
         gsop_layers: Sequence[int] = (1, 2, 3, 4),
         cov_dim: int = 128,
+        spatial_size: int = 8,
         isqrt_dim: int = 256,
-        isqrt_iters: int = 5,
+        isqrt_iters: int | None = None,
+        flavor: str = "paper",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         check_choice("output_stride", output_stride, (8, 16, 32))
         check_choice("last_stride", last_stride, (1, 2))
-        check_choice("gsop_type", gsop_type, GSOP_TYPES)
         check_stages("gsop_layers", gsop_layers, num_stages=4)
-        check_positive_int("cov_dim", cov_dim)
+        check_gsop(gsop_type, cov_dim, spatial_size, flavor)
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        # The released code starts no residual branch at zero; by position it could not leave zero, behind a ReLU.
+        kwargs.setdefault("zero_init_last", flavor == "paper")
         # Without its head, which follows below.
         super().__init__(block, layers, num_classes=0, global_pool="", output_stride=output_stride, **dd, **kwargs)
         if last_stride == 1 and output_stride == 32:
             remove_stride(self.layer4[0])
             self.feature_info[4]["reduction"] = self.feature_info[3]["reduction"]
         for stage in sorted(gsop_layers):
-            gsop = create_gsop(gsop_type, self.feature_info[stage]["num_chs"], cov_dim, **dd)
-            self.get_submodule(f"layer{stage}").append(GsopBlock(gsop))
-        self.init_global_pool(num_classes, global_pool, isqrt_dim, isqrt_iters, **dd)
+            layer = self.get_submodule(f"layer{stage}")
+            channels = self.feature_info[stage]["num_chs"]
+            gsop = create_gsop(gsop_type, channels, cov_dim, spatial_size, flavor, stride=2 if stage == 1 else 1, **dd)
+            if flavor == "paper":
+                layer.append(GsopBlock(gsop))
+            else:  # inside the last bottleneck, where timm puts an attention layer
+                layer[-1].se = gsop
+        self.init_global_pool(num_classes, global_pool, isqrt_dim, isqrt_iters, flavor, **dd)
 
 
 def _create_gsop_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GsopResNet:
