@@ -9,7 +9,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from benchmarks.cost import measure
 from timm_gsop.layers import FLAVORS, GSOP_TYPES, ChannelGsop, GsopBlock, IsqrtCovPool2d, MpnCovPool2d
 
-ALL_MODELS = timm.list_models(module=["gsop_resnet", "gsop_preresnet"])
+ALL_MODELS = timm.list_models(module=["gsop_resnet", "gsop_preresnet", "gsop_zoo"])
 # As small as the families get: narrow ResNets with all their parts, and the 20-layer networks.
 NARROW = dict(channels=(8, 16, 24, 32), num_classes=5, cov_dim=8, isqrt_dim=6)
 SMALL_MODELS = {
@@ -17,6 +17,7 @@ SMALL_MODELS = {
     "gsop_resnet26_net2": NARROW,
     "isqrt_resnet26": NARROW,
     "mpncov_resnet50": NARROW,
+    "gsop_resnext50_32x4d_net2": dict(NARROW, channels=(16, 32, 48, 64)),
     "preresnet20": dict(num_classes=5),
     "gsop_preresnet20_net1": dict(num_classes=5, cov_dim=8),
     "gsop_preresnet20_net2": dict(num_classes=5, cov_dim=8, isqrt_dim=6),
@@ -46,6 +47,8 @@ def test_every_promised_model_is_registered():
     promised |= {"isqrt_resnet26", "isqrt_resnet50", "isqrt_resnet101", "mpncov_resnet50", "isqrt_preresnet164"}
     promised |= {f"preresnet{depth}" for depth in (20, 56, 164)}
     promised |= {f"gsop_preresnet{depth}_net{net}" for depth in (20, 56, 164) for net in (1, 2)}
+    zoo = ("resnext50_32x4d", "densenet121", "inception_v3")
+    promised |= {f"gsop_{base}_net{net}" for base in zoo for net in (1, 2)}
     assert set(ALL_MODELS) == promised
 
 

@@ -1,6 +1,7 @@
-"""timm's own tests of models, over ours: its ``tests/test_models.py`` runs as it is, with two changes to its input.
+"""timm's own tests of models, over ours: its ``tests/test_models.py`` runs as it is, with changes to its lists only.
 
-Its lists of models hold ours and no others, and our modules join its list of those with ``forward_intermediates``.
+Its lists of models hold ours and no others; our modules join its list of those with ``forward_intermediates``; and what
+it grants to its Inception-v3, whose unpadded convolutions make small maps smaller, it grants to ours.
 """
 
 import functools
@@ -32,9 +33,10 @@ def _load_timm_tests() -> ModuleType:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: python -m tests.timm_source downloads timm's test-suite")
     source = path.read_text()
-    filters = "FEAT_INTER_FILTERS = ["
-    assert source.count(filters) == 1
-    source = source.replace(filters, filters + ", ".join(map(repr, OUR_MODULES)) + ",")
+    additions = {"FEAT_INTER_FILTERS = [": OUR_MODULES, "for f in ('inception_v3*',": ["gsop_inception_v3*"]}
+    for start, ours in additions.items():
+        assert source.count(start) == 1
+        source = source.replace(start, start + ", ".join(map(repr, ours)) + ",")
     module = ModuleType("timm_test_models")
     sys.modules[module.__name__] = module
     with (

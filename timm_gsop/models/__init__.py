@@ -2,5 +2,6 @@
 
 from timm_gsop.models.gsop_preresnet import GsopPreActResNet
 from timm_gsop.models.gsop_resnet import GsopResNet
+from timm_gsop.models.gsop_zoo import GsopDenseNet, GsopInceptionV3
 
-__all__ = ["GsopPreActResNet", "GsopResNet"]
+__all__ = ["GsopDenseNet", "GsopInceptionV3", "GsopPreActResNet", "GsopResNet"]

@@ -1,4 +1,4 @@
-"""Global pooling, first-order (timm's) or second-order (ours), and the classifier after it, for timm's ResNets."""
+"""Global pooling, first-order (timm's) or second-order (ours), and the classifier after it, for networks of timm."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ from torch import nn
 from timm_gsop.layers import IsqrtCovPool2d, MpnCovPool2d, OfficialIsqrtCovPool2d
 from timm_gsop.layers.checks import check_choice, check_positive_int
 
-__all__ = ["GLOBAL_POOLS", "GlobalPoolMixin"]
+__all__ = ["GLOBAL_POOLS", "GlobalPoolMixin", "init_our_weights"]
 
 GLOBAL_POOLS = (
     *("", "avg", "max", "avgmax", "catavgmax"),
@@ -19,12 +19,14 @@ GLOBAL_POOLS = (
 
 
 class GlobalPoolMixin:
-    """Gives a network of timm's ``global_pool`` and ``fc``, with covariance pooling among the choices.
+    """Gives a network of timm its global pooling and classifier, with covariance pooling among the choices.
 
     The network calls :meth:`init_global_pool` when its features are built. ``num_features`` are the channels of the
     last feature map; ``head_hidden_size`` is the width that the classifier reads, dim·(dim+1)/2 after covariance
     pooling.
     """
+
+    classifier_name = "fc"
 
     if TYPE_CHECKING:  # what the network brings
 
@@ -83,13 +85,13 @@ class GlobalPoolMixin:
             if not self._has_pool(pool_type):
                 self.global_pool = self._create_cov_pool(pool_type, **dd)
             self.head_hidden_size = self.global_pool.out_features
-            _, self.fc = create_classifier(self.head_hidden_size, num_classes, **dd)
+            _, classifier = create_classifier(self.head_hidden_size, num_classes, **dd)
         else:
-            self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type, **dd)
+            self.global_pool, classifier = create_classifier(self.num_features, num_classes, pool_type, **dd)
             self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.num_classes = num_classes
+        setattr(self, self.classifier_name, classifier.train(self.training))
         self.global_pool.train(self.training)
-        self.fc.train(self.training)
+        self.num_classes = num_classes
 
     def _has_pool(self, pool_type: str) -> bool:
         pool = self.global_pool
@@ -104,10 +106,10 @@ class GlobalPoolMixin:
             return pool_class(self.num_features, self.isqrt_dim, self.isqrt_iters, **dd)
         return MpnCovPool2d(self.num_features, self.isqrt_dim, **dd)
 
-    @torch.jit.ignore
-    def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initialize the weights: timm's layers as timm does, ours as they do themselves."""
-        super().init_weights(zero_init_last=zero_init_last)  # type: ignore[misc]
-        for module in self.modules():
-            if module is not self and hasattr(module, "init_weights"):
-                module.init_weights()
+
+def init_our_weights(model: nn.Module) -> None:
+    """Initialize our layers in a network, as they do themselves when they are created."""
+    for module in model.modules():
+        init_weights: Any = getattr(module, "init_weights", None)
+        if module is not model and init_weights is not None:
+            init_weights()

@@ -18,7 +18,7 @@ from torch import nn
 
 from timm_gsop.layers import GsopBlock, check_gsop, create_gsop
 from timm_gsop.layers.checks import check_choice, check_positive_int, check_stages
-from timm_gsop.models.global_pool import GlobalPoolMixin
+from timm_gsop.models.global_pool import GlobalPoolMixin, init_our_weights
 from timm_gsop.models.last_stride import remove_stride
 
 __all__ = ["GsopPreActResNet"]  # register_model adds the entry points
@@ -114,6 +114,12 @@ class GsopPreActResNet(GlobalPoolMixin, ResNetV2):
             blocks = {i: GsopBlock(create_gsop(gsop_type, channels, cov_dim, spatial_size, **dd)) for i in positions}
             self.stages[stage - 1].blocks = _interleave(self.stages[stage - 1].blocks, blocks)
         self.init_global_pool(num_classes, global_pool, isqrt_dim, isqrt_iters, flavor, **dd)
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """Initialize the weights: timm's layers as timm does, ours as they do themselves."""
+        super().init_weights(zero_init_last=zero_init_last)
+        init_our_weights(self)
 
     def _replace_stem(self, **dd: Any) -> None:
         """Put a 3×3 convolution, which keeps the small image's size, in place of ResNet's 7×7 one and pooling."""

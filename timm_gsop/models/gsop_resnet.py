@@ -17,7 +17,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from timm_gsop.layers import GsopBlock, check_gsop, create_gsop
 from timm_gsop.layers.checks import check_choice, check_stages
-from timm_gsop.models.global_pool import GlobalPoolMixin
+from timm_gsop.models.global_pool import GlobalPoolMixin, init_our_weights
 from timm_gsop.models.last_stride import remove_stride
 
 __all__ = ["GsopResNet"]  # register_model adds the entry points
@@ -90,6 +90,12 @@ class GsopResNet(GlobalPoolMixin, ResNet):
             else:  # inside the last bottleneck, where timm puts an attention layer
                 layer[-1].se = gsop
         self.init_global_pool(num_classes, global_pool, isqrt_dim, isqrt_iters, flavor, **dd)
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """Initialize the weights: timm's layers as timm does, ours as they do themselves."""
+        super().init_weights(zero_init_last=zero_init_last)
+        init_our_weights(self)
 
 
 def _create_gsop_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GsopResNet:

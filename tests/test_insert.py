@@ -1,0 +1,189 @@
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from timm_gsop import GsopBlock, insert_gsop
+from timm_gsop.layers import ChannelGsop, PositionGsop
+
+# A small network of each of 20 families of timm, and where its blocks stand.
+FAMILIES = {
+    "convnext_atto": ["stages.0", "stages.1", "stages.2", "stages.3"],
+    "cspresnet50": ["stages.0", "stages.1", "stages.2", "stages.3"],
+    "densenet121": ["features.transition1", "features.transition2", "features.transition3", "features.norm5"],
+    "dla34": ["level2", "level3", "level4", "level5"],
+    "edgenext_xx_small": ["stages.0", "stages.1", "stages.2", "stages.3"],
+    "efficientnet_b0": ["blocks.1", "blocks.2", "blocks.4", "blocks.6"],
+    "ese_vovnet19b_dw": ["stages.0", "stages.1", "stages.2", "stages.3"],
+    "fastvit_t8": ["stages.0", "stages.1", "stages.2", "stages.3"],
+    "ghostnet_050": ["blocks.1", "blocks.3", "blocks.5", "blocks.7"],
+    "hgnetv2_b0": ["stages.0", "stages.1", "stages.2", "stages.3"],
+    "hrnet_w18_small": ["incre_modules.0", "incre_modules.1", "incre_modules.2", "incre_modules.3"],
+    "inception_v3": ["Conv2d_4a_3x3", "Mixed_5d", "Mixed_6e", "Mixed_7c"],
+    "mobilenetv3_small_050": ["blocks.0", "blocks.1", "blocks.3", "blocks.5"],
+    "mobilevit_xxs": ["stages.1", "stages.2", "stages.3", "final_conv"],
+    "poolformer_s12": ["stages.0", "stages.1", "stages.2", "stages.3"],
+    "regnetx_002": ["s1.b1", "s2.b1", "s3.b4", "s4.b7"],  # a stage calls each of its children, the last is its output
+    "repvgg_a0": ["stages.0", "stages.1", "stages.2", "stages.3"],
+    "resnet18": ["layer1", "layer2", "layer3", "layer4"],
+    "resnetv2_18": ["stages.0", "stages.1", "stages.2", "stages.3"],
+    "rexnet_100": ["features.2", "features.4", "features.10", "features.15"],
+    "vgg11_bn": ["features.13", "features.20", "features.27", "features.28"],
+    "xception41": ["blocks.1.stack.act3", "blocks.2.stack.act3", "blocks.11.stack.act3", "blocks.12"],
+}
+NOT_SCRIPTABLE = ("dla34", "hrnet_w18_small")  # hrnet as such; dla's modules with several arguments take no typed hook
+families = pytest.mark.parametrize("name", FAMILIES)
+
+
+def create(name: str, **kwargs) -> nn.Module:
+    return insert_gsop(timm.create_model(name, num_classes=5, **kwargs), cov_dim=4)
+
+
+def image(model: nn.Module, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, *[min(size, 96) for size in model.pretrained_cfg["input_size"][1:]])
+
+
+def blocks(model: nn.Module) -> dict[str, GsopBlock]:
+    return {name.removesuffix(".gsop"): m for name, m in model.named_modules() if isinstance(m, GsopBlock)}
+
+
+@families
+def test_families(name):
+    base = timm.create_model(name, num_classes=5).eval()
+    model = insert_gsop(copy.deepcopy(base), cov_dim=4)
+    assert list(blocks(model)) == FAMILIES[name]
+    assert not any(m.training for m in model.modules())
+
+    missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)  # the base's weights still load
+    assert not unexpected
+    assert missing
+    assert all(".gsop." in key for key in missing)
+
+    x = image(model)
+    with torch.no_grad():
+        assert not torch.allclose(model(x), base(x))
+        features = model.forward_intermediates(x, intermediates_only=True)
+    assert [f.shape[1] for f in features] == [info["num_chs"] for info in model.feature_info]
+
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    model.train()(x).square().mean().backward()
+    assert all(p.grad is not None for block in blocks(model).values() for p in block.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_SCRIPTABLE])
+def test_scripting(name):
+    model = create(name, scriptable=True).eval()
+    x = image(model)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_block_scales_the_feature_map_of_its_stage():
+    """With all weights at one half, every feature map from there on is that of the base, times 1.5."""
+    base = timm.create_model("convnext_atto", num_classes=5).eval()
+    model = insert_gsop(copy.deepcopy(base), stages=[1], cov_dim=4)
+    for block in blocks(model).values():
+        nn.init.zeros_(block.gsop.excitation.expand_conv.weight)
+    x = image(model)
+    plain = base.forward_intermediates(x, intermediates_only=True)
+    scaled = model.forward_intermediates(x, intermediates_only=True)
+    torch.testing.assert_close(scaled[0], plain[0])
+    torch.testing.assert_close(scaled[1], 1.5 * plain[1])
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "resnet18", "regnetx_002"])
+def test_grad_checkpointing_changes_nothing(name):
+    model = create(name).train()
+    x = image(model)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(x).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "getter", "hook"])
+def test_features_only(feature_cls):
+    kwargs = {} if feature_cls == "list" else dict(feature_cls=feature_cls)
+    base = timm.create_model("resnet18", features_only=True, **kwargs).eval()
+    model = insert_gsop(copy.deepcopy(base), cov_dim=4)
+    assert len(blocks(model)) == 4
+    x = torch.randn(2, 3, 64, 64)
+    features, plain = model(x), base(x)
+    torch.testing.assert_close(features[0], plain[0])
+    assert all(f.shape == p.shape and not torch.allclose(f, p) for f, p in zip(features[1:], plain[1:], strict=True))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_independent(copied):
+    model = create("convnext_atto").eval()
+    twin = copied(model)
+    x = image(model)
+    before = model(x)
+    torch.testing.assert_close(twin(x), before)
+    for block in blocks(twin).values():
+        nn.init.constant_(block.gsop.excitation.expand_conv.bias, 3.0)
+    torch.testing.assert_close(model(x), before)
+    assert not torch.allclose(twin(x), before)
+
+
+def test_modes_and_statistics_stay_as_they_were():
+    model = timm.create_model("resnet18").train()
+    model.layer1.eval()
+    statistics = {name: value.clone() for name, value in model.state_dict().items()}
+    insert_gsop(model, cov_dim=4)
+    assert model.training
+    assert not model.layer1[0].training
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in statistics.items())
+
+
+def test_kind_and_stages():
+    model = insert_gsop(timm.create_model("resnet18"), "position", stages=(4, 2), cov_dim=6, spatial_size=3)
+    assert list(blocks(model)) == ["layer2", "layer4"]
+    assert {type(block.gsop) for block in blocks(model).values()} == {PositionGsop}
+    assert model.layer2.gsop.gsop.spatial_size == 3
+    assert model.layer2.gsop.gsop.reduction.conv.out_channels == 6
+    assert isinstance(insert_gsop(timm.create_model("resnet18")).layer1.gsop.gsop, ChannelGsop)
+
+
+def test_device_dtype_and_in_chans():
+    model = insert_gsop(timm.create_model("convnext_atto", in_chans=1, dtype=torch.bfloat16).eval(), cov_dim=4)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(torch.randn(1, 1, 64, 64, dtype=torch.bfloat16)).isfinite().all()
+    with torch.device("meta"):
+        model = insert_gsop(timm.create_model("convnext_atto"), cov_dim=4)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "levit_128"])
+def test_a_model_without_a_place_is_named_and_left_alone(name):
+    model = timm.create_model(name)
+    names = [n for n, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=f"model={type(model).__name__} has .*accepted: "):
+        insert_gsop(model)
+    assert [n for n, _ in model.named_modules()] == names
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_model_without_feature_info_is_named():
+    with pytest.raises(ValueError, match="model=Linear has no feature_info"):
+        insert_gsop(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("stages", [(5,), (-1,), (1, 1), 2, "layer1"])
+def test_bad_stages_are_named(stages):
+    with pytest.raises(ValueError, match=r"stages=.*different indices of \[0, 1, 2, 3, 4\]"):
+        insert_gsop(timm.create_model("resnet18"), stages=stages)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("gsop_type", "spatial"), ("cov_dim", 0), ("spatial_size", 0)])
+def test_bad_argument_is_named(argument, value):
+    with pytest.raises(ValueError, match=f"{argument}={value!r}"):
+        insert_gsop(timm.create_model("resnet18"), **{argument: value})
