@@ -190,13 +190,45 @@ def test_keeps_the_dtype(gsop_type, flavor, dtype):
     torch.testing.assert_close(gsop(x).float(), reference(x.float()), rtol=0.05, atol=0.05)
 
 
-@every_kind
-def test_is_an_attention_layer_of_timm(gsop_type, flavor):
-    def attn_layer(channels, **kwargs):
+def as_attention_layer(gsop_type: str, flavor: str):
+    """What timm's ``attn_layer`` takes: channels first, then ``device`` and ``dtype``."""
+
+    def attn_layer(channels: int, **kwargs) -> nn.Module:
         return create_gsop(gsop_type, channels, cov_dim=4, spatial_size=3, flavor=flavor, **kwargs)
 
-    model = timm.create_model("resnet26", block_args=dict(attn_layer=attn_layer), num_classes=3).eval()
-    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+    return attn_layer
+
+
+def resnet_with_attention(attn_layer) -> nn.Module:
+    return timm.create_model("resnet26", block_args=dict(attn_layer=attn_layer), num_classes=3)
+
+
+def byobnet_with_attention(attn_layer) -> nn.Module:
+    block = timm.models.ByoBlockCfg(type="bottle", d=1, c=64, s=2, gs=0, br=1.0)
+    cfg = timm.models.ByoModelCfg(blocks=(block, block), stem_type="3x3", stem_chs=16, attn_layer=attn_layer)
+    return timm.models.ByobNet(cfg, num_classes=3)
+
+
+@every_kind
+@pytest.mark.parametrize("network", [resnet_with_attention, byobnet_with_attention])
+def test_is_an_attention_layer_of_timm(gsop_type, flavor, network, tmp_path):
+    """It trains there, and a checkpoint of it loads again."""
+    model = network(as_attention_layer(gsop_type, flavor)).train()
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if ".excitation." in name}
+    assert gradients
+    assert all(grad is not None and grad.isfinite().all() for grad in gradients.values())
+
+    torch.save(model.state_dict(), tmp_path / "checkpoint.pth")
+    loaded = network(as_attention_layer(gsop_type, flavor))
+    timm.models.load_checkpoint(loaded, str(tmp_path / "checkpoint.pth"))
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(loaded.eval()(x), model.eval()(x))
+
+
+def test_the_class_itself_is_an_attention_layer_of_timm():
+    model = timm.create_model("resnet26", block_args=dict(attn_layer=ChannelGsop), num_classes=3)
+    assert isinstance(model.layer1[0].se, ChannelGsop)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +249,7 @@ def test_bad_argument_is_named(gsop_class, argument, value):
 
 
 def test_unknown_fusion_is_named():
-    with pytest.raises(ValueError, match="fusion='sum' is not known; accepted: 'avg', 'max', 'concat'"):
+    with pytest.raises(ValueError, match="fusion='sum' is not accepted; accepted: 'avg', 'max', 'concat'"):
         FusedGsop(4, "sum")
 
 

@@ -351,12 +351,12 @@ def test_bad_argument_is_named(name, argument, value, message):
 
 
 def test_bad_output_stride_is_named():
-    with pytest.raises(ValueError, match="output_stride=64 is not known; accepted: 8, 16, 32"):
+    with pytest.raises(ValueError, match="output_stride=64 is not accepted; accepted: 8, 16, 32"):
         create("gsop_resnet26_net1", output_stride=64)
 
 
 def test_bad_pool_in_reset_classifier_is_named():
-    with pytest.raises(ValueError, match="global_pool='sum' is not known; accepted: "):
+    with pytest.raises(ValueError, match="global_pool='sum' is not accepted; accepted: "):
         create("gsop_resnet26_net1").reset_classifier(3, "sum")
 
 

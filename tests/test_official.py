@@ -94,7 +94,7 @@ def test_concatenation_of_each_stage(channels, groups, kernel, padding):
 
 
 def test_concatenation_of_other_channels_is_named():
-    with pytest.raises(ValueError, match="channels=96 is not known; accepted: 64, 128, 256, 512, 1024, 2048"):
+    with pytest.raises(ValueError, match="channels=96 is not accepted; accepted: 64, 128, 256, 512, 1024, 2048"):
         OfficialConcatenation(96)
 
 

@@ -108,5 +108,5 @@ def test_bad_argument_is_named(base, argument, value):
 
 
 def test_auxiliary_logits_are_refused():
-    with pytest.raises(ValueError, match="aux_logits=True is not known; accepted: False"):
+    with pytest.raises(ValueError, match="aux_logits=True is not accepted; accepted: False"):
         create("inception_v3", 1, aux_logits=True)

@@ -26,8 +26,8 @@ class ChannelReduction(nn.Sequential):
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, device=device, dtype=dtype)
         self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
         self.act = nn.ReLU(inplace=True)
-        self.init_weights()
+        self.reset_parameters()
 
-    def init_weights(self) -> None:
+    def reset_parameters(self) -> None:
         """He initialization, as in the paper's experiments (section 4)."""
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")

@@ -21,7 +21,7 @@ def check_choice(name: str, value: Any, accepted: Iterable[Any]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``accepted``."""
     accepted = tuple(accepted)
     if value not in accepted:
-        raise ValueError(f"{name}={value!r} is not known; accepted: {', '.join(map(repr, accepted))}.")
+        raise ValueError(f"{name}={value!r} is not accepted; accepted: {', '.join(map(repr, accepted))}.")
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -44,9 +44,9 @@ class CovarianceExcitation(nn.Module):
         self.act: nn.Module = nn.LeakyReLU(0.1, inplace=True)
         self.expand_conv = nn.Conv2d(hidden, out_features, 1, device=device, dtype=dtype)
         self.gate = nn.Sigmoid()
-        self.init_weights()
+        self.reset_parameters()
 
-    def init_weights(self) -> None:
+    def reset_parameters(self) -> None:
         """He initialization, as in the paper's experiments (section 4)."""
         for conv in (self.row_conv, self.expand_conv):
             nn.init.kaiming_normal_(conv.weight, a=0.1, nonlinearity="leaky_relu")
@@ -189,9 +189,9 @@ class Concatenation(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(2 * channels, channels, 1, device=device, dtype=dtype)
-        self.init_weights()
+        self.reset_parameters()
 
-    def init_weights(self) -> None:
+    def reset_parameters(self) -> None:
         """He initialization, as in the paper's experiments (section 4)."""
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ class OfficialExcitation(CovarianceExcitation):
         self.row_conv = nn.Conv2d(cov_dim, 4 * cov_dim, (cov_dim, 1), groups=cov_dim, device=device, dtype=dtype)
         self.row_conv_bn = nn.Identity()
         self.act = act
-        self.init_weights()
+        self.reset_parameters()
 
 
 class OfficialReduction(nn.Sequential):
@@ -82,9 +82,9 @@ class OfficialReduction(nn.Sequential):
         self.conv = nn.Conv2d(in_channels, out_channels, 1, stride=stride, device=device, dtype=dtype)
         self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
         self.act = act
-        self.init_weights()
+        self.reset_parameters()
 
-    def init_weights(self) -> None:
+    def reset_parameters(self) -> None:
         """He initialization."""
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
@@ -214,9 +214,9 @@ class OfficialConcatenation(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, (2 * factor + 5, 1), **kwargs)
         self.conv2 = nn.Conv2d(channels, channels, (2 * factor + 5, 1), **kwargs)
         self.bn = nn.BatchNorm2d(channels, device=device, dtype=dtype)
-        self.init_weights()
+        self.reset_parameters()
 
-    def init_weights(self) -> None:
+    def reset_parameters(self) -> None:
         """He initialization."""
         for conv in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")

@@ -110,6 +110,6 @@ class GlobalPoolMixin:
 def init_our_weights(model: nn.Module) -> None:
     """Initialize our layers in a network, as they do themselves when they are created."""
     for module in model.modules():
-        init_weights: Any = getattr(module, "init_weights", None)
-        if module is not model and init_weights is not None:
-            init_weights()
+        reset_parameters: Any = getattr(module, "reset_parameters", None)
+        if type(module).__module__.startswith("timm_gsop.layers.") and reset_parameters is not None:
+            reset_parameters()
