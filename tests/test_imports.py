@@ -14,6 +14,7 @@ ALLOWED = {
     "insert": {"layers"},
     "layers": {"layers"},
     "models": {"insert", "layers", "models"},
+    "viz": {"layers"},
 }
 
 

@@ -34,7 +34,12 @@ class _CovPool2d(nn.Module):
         self.out_features = dim * (dim + 1) // 2
         self.reduction = ChannelReduction(in_features, dim, device=device, dtype=dtype)
 
+    def squeeze(self, x: torch.Tensor) -> torch.Tensor:
+        """Covariance between the reduced channels of ``x``: (B, C, H, W) to (B, dim, dim)."""
+        return covariance_pool(self.reduction(x))
+
     def normalize(self, cov: torch.Tensor) -> torch.Tensor:
+        """Matrix power of the covariance, (B, dim, dim)."""
         raise NotImplementedError
 
     def vectorize(self, mat: torch.Tensor) -> torch.Tensor:
@@ -42,11 +47,11 @@ class _CovPool2d(nn.Module):
         return triu_vectorize(mat)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Pool (B, C, H, W) to (B, dim·(dim+1)/2), in the dtype that the convolution gives."""
+        """Pool (B, C, H, W) to (B, dim·(dim+1)/2), in the dtype of the weights."""
         if not torch.jit.is_scripting():
             check_ndim("input", x, (4,), "(B, C, H, W)")
-        x = self.reduction(x)
-        return self.vectorize(self.normalize(covariance_pool(x))).to(x.dtype)
+        vectors = self.vectorize(self.normalize(self.squeeze(x)))
+        return vectors.to(self.reduction.conv.weight.dtype)
 
 
 class IsqrtCovPool2d(_CovPool2d):

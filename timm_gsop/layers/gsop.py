@@ -91,12 +91,16 @@ class ChannelGsop(nn.Module):
         self.reduction: nn.Module = ChannelReduction(channels, cov_dim, device=device, dtype=dtype)
         self.excitation = CovarianceExcitation(cov_dim, channels, device=device, dtype=dtype)
 
+    def squeeze(self, x: torch.Tensor) -> torch.Tensor:
+        """Covariance between the reduced channels of ``x``: (B, C, H, W) to (B, cov_dim, cov_dim)."""
+        return covariance_pool(self.reduction(x))
+
     def channel_weights(self, x: torch.Tensor) -> torch.Tensor:
         """Weights between 0 and 1 of the channels of ``x``: (B, C, H, W) to (B, C, 1, 1)."""
         if not torch.jit.is_scripting():
             check_ndim("input", x, (4,), "(B, C, H, W)")
             check_batch_for_training("input", x, self.excitation.row_conv_bn)
-        return self.excitation(covariance_pool(self.reduction(x)))
+        return self.excitation(self.squeeze(x))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scale the channels of ``x``, (B, C, H, W)."""
@@ -147,13 +151,16 @@ class PositionGsop(nn.Module):
         """Bring the map of weights to the size of the input, (B, 1, s, s) to (B, 1, H, W)."""
         return F.interpolate(weights, size=(height, width), mode="bilinear", align_corners=False)
 
+    def squeeze(self, x: torch.Tensor) -> torch.Tensor:
+        """Covariance between the positions of ``x``, reduced and pooled: (B, C, H, W) to (B, s², s²)."""
+        return self.covariance(F.adaptive_avg_pool2d(self.reduction(x), self.spatial_size))
+
     def position_weights(self, x: torch.Tensor) -> torch.Tensor:
         """Weights between 0 and 1 of the positions of ``x``: (B, C, H, W) to (B, 1, H, W)."""
         if not torch.jit.is_scripting():
             check_ndim("input", x, (4,), "(B, C, H, W)")
             check_batch_for_training("input", x, self.excitation.row_conv_bn)
-        pooled = F.adaptive_avg_pool2d(self.reduction(x), self.spatial_size)
-        weights = self.excitation(self.covariance(pooled))
+        weights = self.excitation(self.squeeze(x))
         return self.resize(weights.reshape(-1, 1, self.spatial_size, self.spatial_size), x.shape[2], x.shape[3])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

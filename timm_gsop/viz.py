@@ -1,0 +1,228 @@
+"""Pictures of what GSoP blocks and covariance pooling make of an image.
+
+``python -m timm_gsop.viz MODEL IMAGE OUT.png``; needs matplotlib: ``pip install timm-gsop[demo]``.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform, resolve_data_config
+from timm.models import get_model_input_config
+from timm.utils import ParseKwargs
+from torch import nn
+
+from timm_gsop.layers import ChannelGsop, IsqrtCovPool2d, MpnCovPool2d, PositionGsop
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Record", "draw", "record"]
+
+MAX_ROWS = 9  # of more blocks, that many are drawn: evenly spaced ones, the last among them
+
+
+@dataclass
+class Record:
+    """What one layer made of an image.
+
+    Attributes:
+        name: Name of the layer in the model.
+        covariance: Its covariance matrix, (d, d).
+        normalized: The matrix after row-wise batch normalization in a block, its square root in covariance pooling.
+        channel_weights: (C,), of a channel-wise block.
+        position_weights: (H, W), of a position-wise block.
+    """
+
+    name: str
+    covariance: torch.Tensor
+    normalized: torch.Tensor
+    channel_weights: torch.Tensor | None = None
+    position_weights: torch.Tensor | None = None
+
+
+@torch.no_grad()
+def record(model: nn.Module, image: torch.Tensor) -> list[Record]:
+    """Run a model on one image, and look into its second-order layers, in the order in which they run.
+
+    Args:
+        model: Any model with GSoP layers or covariance pooling in it. It runs in evaluation, and is left as it was.
+        image: (1, C, H, W), preprocessed.
+
+    Returns:
+        One record a layer; a fused block has two, by channel and by position.
+
+    Raises:
+        ValueError: If ``image`` is not one image, or ``model`` has no such layer.
+    """
+    if image.ndim != 4 or image.shape[0] != 1:
+        raise ValueError(f"image has shape {tuple(image.shape)}; accepted: (1, C, H, W), one image.")
+    layers: dict[str, nn.Module] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ChannelGsop | PositionGsop | IsqrtCovPool2d | MpnCovPool2d)
+    }
+    if not layers:
+        raise ValueError(
+            f"model={type(model).__name__} has neither GSoP blocks nor covariance pooling; accepted: one with either."
+        )
+    inputs: dict[nn.Module, torch.Tensor] = {}
+    hooks = [m.register_forward_pre_hook(lambda m, args: inputs.update({m: args[0].clone()})) for m in layers.values()]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        model(image)
+        names = {module: name for name, module in layers.items()}
+        return [_look_into(names[module], module, x) for module, x in inputs.items()]
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for hook in hooks:
+            hook.remove()
+
+
+def _look_into(name: str, layer: Any, x: torch.Tensor) -> Record:
+    covariance = layer.squeeze(x)
+    if isinstance(layer, IsqrtCovPool2d | MpnCovPool2d):
+        return Record(name, covariance[0], layer.normalize(covariance)[0])
+    excitation = layer.excitation
+    normalized = excitation.cov_bn(covariance.to(excitation.row_conv.weight.dtype).unsqueeze(-1))[0, :, :, 0]
+    if isinstance(layer, ChannelGsop):
+        return Record(name, covariance[0], normalized, channel_weights=layer.channel_weights(x).flatten())
+    return Record(name, covariance[0], normalized, position_weights=layer.position_weights(x)[0, 0])
+
+
+def draw(records: Sequence[Record], image: Image.Image, title: str = "") -> "Figure":
+    """Draw records as a figure: a row a layer; weights, covariance, and covariance after normalization.
+
+    Args:
+        records: What :func:`record` returned; of more than 9, evenly spaced ones are drawn.
+        image: The image, as the model saw it.
+        title: Stands above the figure.
+    """
+    from matplotlib.figure import Figure
+
+    if len(records) > MAX_ROWS:
+        last = len(records) - 1
+        records = [records[round(i * last / (MAX_ROWS - 1))] for i in range(MAX_ROWS)]
+    figure = Figure(figsize=(9, 2.5 * (len(records) + 1)), layout="constrained")
+    axes = figure.subplots(len(records) + 1, 3, width_ratios=(1.5, 1, 1), squeeze=False)
+    axes[0, 0].imshow(image)
+    axes[0, 0].set_title("image", fontsize=9)
+    for ax in axes[0]:
+        ax.axis("off")
+    for row, item in zip(axes[1:], records, strict=True):
+        _draw_weights(row[0], item, image)
+        size = len(item.covariance)
+        after = "square root" if _is_pooling(item) else "after row-wise BN"
+        _draw_matrix(row[1], item.covariance, f"covariance, {size}×{size}")
+        _draw_matrix(row[2], item.normalized, after)
+    figure.suptitle(title)
+    return figure
+
+
+def _is_pooling(item: Record) -> bool:
+    return item.channel_weights is None and item.position_weights is None
+
+
+def _draw_weights(ax: Any, item: Record, image: Image.Image) -> None:
+    if item.channel_weights is not None:
+        weights = item.channel_weights.float().cpu().numpy()
+        order = -np.sort(-weights)
+        ax.fill_between(range(len(order)), order, step="mid", color="#9ecae1")
+        ax.axhline(weights.mean(), color="#08519c", linewidth=1, label=f"mean {weights.mean():.2f}")
+        ax.set(ylim=(-0.25, 1.02), yticks=(0, 0.5, 1), xlim=(0, len(order) - 1), xlabel="channels, sorted by weight")
+        strip = (0, len(order) - 1, -0.22, -0.06)  # the same weights, unsorted
+        ax.imshow(weights[None], extent=strip, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+        ax.legend(fontsize=8, loc="upper right")
+    elif item.position_weights is not None:
+        weights = item.position_weights.float().cpu().numpy()
+        ax.imshow(image.convert("L"), cmap="gray")
+        extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
+        shown = ax.imshow(weights, extent=extent, cmap="inferno", alpha=0.6, interpolation="bilinear")
+        ax.figure.colorbar(shown, ax=ax)
+        ax.axis("off")
+    else:
+        for name, matrix in (("covariance", item.covariance), ("square root", item.normalized)):
+            eigenvalues = np.linalg.eigvalsh(matrix.double().cpu().numpy())[::-1].clip(0)
+            ax.plot(eigenvalues / max(eigenvalues[0], 1e-30), label=name)
+        ax.set(yscale="log", ylim=(1e-6, 2), xlabel="eigenvalues, relative to the largest")
+        ax.legend(fontsize=8)
+    ax.set_title(item.name, fontsize=9)
+
+
+def _draw_matrix(ax: Any, matrix: torch.Tensor, title: str) -> None:
+    values = matrix.float().cpu().numpy()
+    limit = np.quantile(np.abs(values), 0.99) or 1.0
+    shown = ax.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest")
+    ax.figure.colorbar(shown, ax=ax)
+    ax.set_title(title, fontsize=9)
+    ax.set(xticks=(), yticks=())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line, see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m timm_gsop.viz", description=__doc__)
+    parser.add_argument("model", help="name of a model, or local-dir:FOLDER, or hf-hub:REPOSITORY")
+    parser.add_argument("image", type=Path)
+    parser.add_argument("out", type=Path, help="the picture to write; its ending decides the format")
+    parser.add_argument("--pretrained", action="store_true")
+    parser.add_argument("--checkpoint", default="", help="weights to load into the model")
+    parser.add_argument("--num-classes", type=int)
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
+    args = parser.parse_args(argv)
+    try:
+        model = timm.create_model(
+            args.model,
+            pretrained=args.pretrained,
+            checkpoint_path=args.checkpoint,
+            num_classes=args.num_classes,
+            **args.model_kwargs,
+        )
+        image, x = _load(args.image, model)
+        figure = draw(record(model, x), image, title=args.model)
+    except ModuleNotFoundError as error:
+        parser.error(f"{error}; pip install timm-gsop[demo] brings it")
+    except (OSError, RuntimeError, ValueError) as error:
+        parser.error(str(error))
+    partial = args.out.with_name(f".{args.out.name}.partial")
+    try:
+        figure.savefig(partial, format=args.out.suffix[1:] or "png", dpi=110)
+        partial.replace(args.out)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"wrote {args.out}")
+
+
+def _load(path: Path, model: nn.Module) -> tuple[Image.Image, torch.Tensor]:
+    """The image, cropped as the model sees it, and as its input."""
+    config = resolve_data_config(get_model_input_config(model), model=model)
+    channels = config["input_size"][0]
+    if channels not in (1, 3):
+        raise ValueError(f"model takes images of {channels} channels; accepted: 1 or 3.")
+    if channels == 1:
+        config.update({key: (sum(config[key]) / len(config[key]),) for key in ("mean", "std")})
+    try:
+        image = Image.open(path).convert("L" if channels == 1 else "RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"image={str(path)!r} is not an image that Pillow can read.") from error
+    transform = create_transform(**config)
+    crop, normalize = transform.transforms[:-2], transform.transforms[-2:]
+    for step in crop:
+        image = step(image)
+    x: Any = image
+    for step in normalize:
+        x = step(x)
+    return image, x.unsqueeze(0)
+
+
+if __name__ == "__main__":
+    main()
