@@ -113,7 +113,7 @@ def draw(records: Sequence[Record], image: Image.Image, title: str = "") -> "Fig
         records = [records[round(i * last / (MAX_ROWS - 1))] for i in range(MAX_ROWS)]
     figure = Figure(figsize=(9, 2.5 * (len(records) + 1)), layout="constrained")
     axes = figure.subplots(len(records) + 1, 3, width_ratios=(1.5, 1, 1), squeeze=False)
-    axes[0, 0].imshow(image)
+    axes[0, 0].imshow(image.convert("RGB"))
     axes[0, 0].set_title("image", fontsize=9)
     for ax in axes[0]:
         ax.axis("off")
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     partial = args.out.with_name(f".{args.out.name}.partial")
     try:
-        figure.savefig(partial, format=args.out.suffix[1:] or "png", dpi=110)
+        figure.savefig(partial, format=args.out.suffix[1:] or "png", dpi=80)
         partial.replace(args.out)
     except (OSError, ValueError) as error:
         parser.error(str(error))
