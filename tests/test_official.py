@@ -14,7 +14,8 @@ from timm_gsop.layers import (
     OfficialIsqrtCovPool2d,
     OfficialPositionGsop,
 )
-from timm_gsop.layers.official import OfficialConcatenation, official_position_covariance, tril_vectorize
+from timm_gsop.layers.covariance import tril_vectorize
+from timm_gsop.layers.official import OfficialConcatenation, official_position_covariance
 
 
 def convolve(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:

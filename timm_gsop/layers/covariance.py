@@ -5,7 +5,7 @@ import torch
 from timm_gsop.layers.checks import check_ndim, check_square
 from timm_gsop.layers.precision import at_least_float32, autocast_disabled
 
-__all__ = ["covariance_pool", "position_covariance", "triu_vectorize"]
+__all__ = ["covariance_pool", "position_covariance", "tril_vectorize", "triu_vectorize"]
 
 
 def covariance_pool(x: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,26 @@ def triu_vectorize(mat: torch.Tensor) -> torch.Tensor:
     """
     if not torch.jit.is_scripting():
         check_square("mat", mat)
-    size = mat.shape[2]
     # Made at each call and not kept as a buffer: a non-persistent one is garbage after meta-device loading.
-    indices = torch.triu_indices(size, size, device=mat.device)
-    return mat.flatten(1).index_select(1, indices[0] * size + indices[1])
+    return _take(mat, torch.triu_indices(mat.shape[2], mat.shape[2], device=mat.device))
+
+
+def tril_vectorize(mat: torch.Tensor) -> torch.Tensor:
+    """Lower triangle of symmetric matrices, diagonal included, in row-major order: that of the released code.
+
+    Args:
+        mat: Matrices, (B, C, C).
+
+    Returns:
+        (B, C·(C+1)/2), in the dtype of ``mat``: row 0 to column 0, row 1 to column 1, and so on.
+
+    Raises:
+        ValueError: If ``mat`` is not a batch of square matrices.
+    """
+    if not torch.jit.is_scripting():
+        check_square("mat", mat)
+    return _take(mat, torch.tril_indices(mat.shape[2], mat.shape[2], device=mat.device))
+
+
+def _take(mat: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    return mat.flatten(1).index_select(1, indices[0] * mat.shape[2] + indices[1])

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_gsop.layers.checks import check_choice, check_positive_int, check_square
+from timm_gsop.layers.checks import check_choice, check_positive_int
 from timm_gsop.layers.cov_pool import IsqrtCovPool2d
+from timm_gsop.layers.covariance import tril_vectorize
 from timm_gsop.layers.gsop import ChannelGsop, CovarianceExcitation, FusedGsop, PositionGsop
 from timm_gsop.layers.precision import at_least_float32, autocast_disabled
 
@@ -24,7 +25,6 @@ __all__ = [
     "OfficialIsqrtCovPool2d",
     "OfficialPositionGsop",
     "official_position_covariance",
-    "tril_vectorize",
 ]
 
 # Leaves in torch.fx's graphs: within a trace, shapes are no numbers that they could test.
@@ -260,25 +260,6 @@ class OfficialFusedGsop(FusedGsop):
             self.fuse = Sum()
         elif fusion == "concat":
             self.fuse = OfficialConcatenation(channels, device=device, dtype=dtype)
-
-
-def tril_vectorize(mat: torch.Tensor) -> torch.Tensor:
-    """Lower triangle of symmetric matrices, diagonal included, in row-major order.
-
-    Args:
-        mat: Matrices, (B, C, C).
-
-    Returns:
-        (B, C·(C+1)/2), in the dtype of ``mat``: row 0 to column 0, row 1 to column 1, and so on.
-
-    Raises:
-        ValueError: If ``mat`` is not a batch of square matrices.
-    """
-    if not torch.jit.is_scripting():
-        check_square("mat", mat)
-    size = mat.shape[2]
-    indices = torch.tril_indices(size, size, device=mat.device)
-    return mat.flatten(1).index_select(1, indices[0] * size + indices[1])
 
 
 class OfficialIsqrtCovPool2d(IsqrtCovPool2d):
