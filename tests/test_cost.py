@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import pytest
+
+from benchmarks import paper
+from benchmarks.cost import Check, Table, create, main, measure, problems, tables, terms, update
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Table]:
+    return tables()
+
+
+def test_every_figure_is_within_its_tolerance_and_every_difference_explained(measured):
+    checks = [check for table in measured.values() for check in table.checks]
+    assert len(checks) > 40
+    assert problems(checks) == []
+
+
+@pytest.mark.parametrize(
+    ("measured", "reported", "problem"),
+    [
+        (1.02, paper.Reported("1.0"), None),
+        (1.5, paper.Reported("1.0", "for a reason", tolerance=0.6), None),
+        (1.5, paper.Reported("1.0", "for a reason"), "net: 1.5, the paper reports 1.0; tolerance 3%."),
+        (1.5, paper.Reported("1.0", tolerance=0.6), "over 3 % and without a reason"),
+        (1.0, paper.Reported("1.0", "for a reason"), "or the reverse"),
+    ],
+)
+def test_a_wrong_figure_is_refused(measured, reported, problem):
+    found = problems([Check("net", measured, reported)])
+    assert [problem in line for line in found] == ([] if problem is None else [True])
+
+
+def test_resnet50_as_everybody_counts_it():
+    assert measure("resnet50") == (25_557_032, 4_089_184_256)
+
+
+@pytest.mark.parametrize("name", ["gsop_resnet26_net2", "gsop_preresnet20_net1", "isqrt_preresnet164"])
+def test_the_terms_are_the_whole(name):
+    model = create(name)
+    parts = terms(model, model.pretrained_cfg["input_size"])
+    kinds = ("backbone", "reduction", "covariance", "excitation", "head")
+    assert sum(parts[kind] for kind in kinds) == measure(name).macs
+    if name == "gsop_preresnet20_net1":  # by hand: d² for each position, in maps of 32², 16² and 16²
+        assert parts["covariance"] == 64**2 * (32**2 + 16**2 + 16**2)
+
+
+@pytest.mark.parametrize(("name", "figure"), [("gsop_preresnet164_net1", 0.55), ("gsop_preresnet164_net2", 0.58)])
+def test_the_explanation_of_table_6_holds(name, figure):
+    assert terms(create(name), (3, 32, 32))["as in Table 6"] / 1e9 == pytest.approx(figure, rel=0.0105)
+
+
+def test_the_documents_say_what_the_command_prints(measured):
+    page = (ROOT / "docs/cost.md").read_text()
+    assert update(page, measured) == page
+    assert all(table.text in page for table in measured.values())
+    assert measured["models"].text in (ROOT / "README.md").read_text()
+
+
+def test_the_command_updates_a_page(tmp_path, measured, monkeypatch):
+    monkeypatch.setattr("benchmarks.cost.tables", lambda: measured)  # they take a while
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table 3 -->\n\n<!-- end -->\nafter\n")
+    assert main(["--update", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n<!-- table 3 -->\n| layer |")
+    assert text.endswith("|\n<!-- end -->\nafter\n")
+    assert "| conv5_x | 14×14 |" in text
