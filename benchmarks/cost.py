@@ -179,9 +179,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str | Check]]) -> Ta
     def show(cell: str | Check) -> str:
         if isinstance(cell, str):
             return cell
-        percent = f"{cell.difference:+.1%}".replace("%", " %").replace("-", "−")
-        reason = cell.reported.reason
-        return f"{percent} ({reasons.index(reason) + 1})" if reason else percent
+        percent, reason = round(100 * cell.difference, 1), cell.reported.reason
+        text = f"{percent:+.1f} %".replace("-", "−") if percent else "0 %"
+        return f"{text} ({reasons.index(reason) + 1})" if reason else text
 
     lines = [list(header), ["---"] * len(header), *([show(cell) for cell in row] for row in rows)]
     notes = [f"\n({i}) {reason}" for i, reason in enumerate(reasons, 1)]
@@ -194,7 +194,7 @@ def problems(checks: Sequence[Check]) -> list[str]:
     for check in checks:
         apart, reported = abs(check.difference), check.reported
         figures = f"{check.name}: {check.measured:.4g}, the paper reports {reported.printed}"
-        if apart > reported.tolerance:
+        if not apart <= reported.tolerance:  # NaN too
             found.append(f"{figures}; tolerance {reported.tolerance:.0%}.")
         if (apart > EXPLAINED_ABOVE) != bool(reported.reason):
             found.append(f"{figures}; over 3 % and without a reason, or the reverse.")
@@ -341,7 +341,8 @@ def tables() -> dict[str, Table]:
 def update(page: str, contents: Mapping[str, Table]) -> str:
     """Put tables between their markers, ``<!-- table 2 -->`` and ``<!-- end -->``, and return the page."""
     for name, table in contents.items():
-        page = re.sub(rf"(?s)(<!-- {name} -->\n).*?(?=\n<!-- end -->)", lambda m, t=table: m[1] + t.text, page)
+        begin, end = f"<!-- {name} -->\n", "<!-- end -->"
+        page = re.sub(f"(?s){begin}.*?{end}", lambda _, new=f"{begin}{table.text}\n{end}": new, page)
     return page
 
 

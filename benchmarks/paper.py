@@ -62,7 +62,7 @@ TABLE_5 = {
         Reported(
             "3.86",
             "3.86 is ResNet-50 with a stage's stride in the first 1×1 convolution, as He et al. had it. timm's, like "
-            "torchvision's, has it in the 3×3 convolution. Moved there, PyTorch counts 3.86.",
+            "torchvision's, has it in the 3×3 convolution. Moved to the 1×1, PyTorch counts 3.86.",
             tolerance=0.07,
         ),
     ),
@@ -90,8 +90,8 @@ TABLE_5 = {
 
 # CIFAR-100: millions of parameters, and GFLOPs.
 _CIFAR = (
-    "PyTorch counts the covariances. Without them our count is within 1 % of the paper's figure, as the last column "
-    "below shows: it seems to leave them out here, while Table 2 has them."
+    "Not settled: the paper does not say how it counts here. Without covariances, which Table 2 must have counted, "
+    "ours is within 1 % of its figure, as the last column below shows; the text below has another reading."
 )
 TABLE_6 = {
     "He et al.": ReportedCost(Reported("1.7"), Reported("0.25")),

@@ -1,9 +1,11 @@
+import math
 from pathlib import Path
 
 import pytest
 
 from benchmarks import paper
-from benchmarks.cost import Check, Table, create, main, measure, problems, tables, terms, update
+from benchmarks.cost import Check, Table, create, main, measure, problems, profile, tables, terms, update
+from timm_gsop.layers import ChannelGsop
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,6 +27,7 @@ def test_every_figure_is_within_its_tolerance_and_every_difference_explained(mea
         (1.02, paper.Reported("1.0"), None),
         (1.5, paper.Reported("1.0", "for a reason", tolerance=0.6), None),
         (1.5, paper.Reported("1.0", "for a reason"), "net: 1.5, the paper reports 1.0; tolerance 3%."),
+        (math.nan, paper.Reported("1.0"), "net: nan, the paper reports 1.0; tolerance 3%."),
         (1.5, paper.Reported("1.0", tolerance=0.6), "over 3 % and without a reason"),
         (1.0, paper.Reported("1.0", "for a reason"), "or the reverse"),
     ],
@@ -69,3 +72,38 @@ def test_the_command_updates_a_page(tmp_path, measured, monkeypatch):
     assert text.startswith("before\n<!-- table 3 -->\n| layer |")
     assert text.endswith("|\n<!-- end -->\nafter\n")
     assert "| conv5_x | 14×14 |" in text
+
+
+def test_update_fills_empty_markers_and_nothing_else():
+    page = "a\n<!-- x -->\n<!-- end -->\nb\n<!-- y -->\nold\n<!-- end -->\n"
+    assert update(page, {"x": Table(r"\1", [])}) == page.replace("<!-- x -->\n", "<!-- x -->\n\\1\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "gmacs"),
+    [("resnet50", {}, 3.86), ("resnet50", dict(output_stride=8), 19.00)],
+)
+def test_the_explanations_of_table_5_hold(name, kwargs, gmacs):
+    """Stride in the first 1×1 convolution of a stage."""
+    model = create(name, **kwargs)
+    for stage in (model.layer2, model.layer3, model.layer4):
+        stage[0].conv1.stride, stage[0].conv2.stride = stage[0].conv2.stride, (1, 1)
+    assert profile(model, (3, 224, 224)).macs[""] / 1e9 == pytest.approx(gmacs, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "gmacs"),
+    [
+        ("gsop_preresnet164_net1", "stages.0.", 0.547),
+        ("gsop_preresnet164_net2", "stages.0.", 0.579),
+        ("gsop_resnet50_net1", "layer1.", 1.561 * 4.0892),
+        ("gsop_resnet50_net1", None, 1.585 * 4.0892),
+    ],
+)
+def test_counted_as_in_table_2_with_and_without_stride_in_the_first_reductions(name, stage, gmacs):
+    model = create(name)
+    for module_name, module in model.named_modules():
+        if stage and module_name.startswith(stage) and isinstance(module, ChannelGsop):
+            module.reduction.conv.stride = (2, 2)
+    counted = terms(model, model.pretrained_cfg["input_size"])["as in Table 2"] / 1e9
+    assert counted == pytest.approx(gmacs, rel=0.001)
