@@ -15,6 +15,7 @@ ALLOWED = {
     "layers": {"layers"},
     "models": {"insert", "layers", "models"},
     "viz": {"layers"},
+    "weights": {"layers", "models", "weights"},
 }
 
 
