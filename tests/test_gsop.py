@@ -8,6 +8,7 @@ from torch import nn
 from tests.oracles import channel_gsop, position_gsop, resize_bilinear
 from timm_gsop import ChannelGsop, FusedGsop, GsopBlock, PositionGsop
 from timm_gsop.layers import FLAVORS, GSOP_TYPES, create_gsop
+from timm_gsop.layers.row_conv import RowConv2d
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 6))
 every_kind = pytest.mark.parametrize(("gsop_type", "flavor"), [(t, f) for t in GSOP_TYPES for f in FLAVORS])
@@ -148,6 +149,20 @@ def test_normalization_is_row_wise(gsop_class):
     rows = seen[0].squeeze(-1).transpose(0, 1).flatten(1)
     torch.testing.assert_close(rows.mean(1), torch.zeros(len(rows)), atol=1e-5, rtol=0)
     torch.testing.assert_close(rows.var(1, correction=0), torch.ones(len(rows)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_row_convolution_is_a_grouped_convolution(bias):
+    conv = RowConv2d(5, bias, dtype=torch.float64)
+    x = torch.randn(3, 5, 5, 1, dtype=torch.float64)
+    torch.testing.assert_close(conv(x), nn.functional.conv2d(x, conv.weight, conv.bias, groups=5))
+
+
+@every_kind
+def test_shortcut(gsop_type, flavor):
+    gsop = randomize(create(gsop_type, flavor)).eval()
+    x = torch.randn(2, 64, 6, 5)
+    torch.testing.assert_close(GsopBlock(gsop)(x), x + gsop(x))
 
 
 def test_row_convolution_sees_its_row_only():

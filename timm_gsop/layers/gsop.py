@@ -7,6 +7,7 @@ from torch import nn
 from timm_gsop.layers.channel_reduction import ChannelReduction
 from timm_gsop.layers.checks import check_batch_for_training, check_choice, check_ndim, check_positive_int
 from timm_gsop.layers.covariance import covariance_pool, position_covariance
+from timm_gsop.layers.row_conv import RowConv2d
 
 __all__ = ["FUSIONS", "ChannelGsop", "CovarianceExcitation", "FusedGsop", "GsopBlock", "PositionGsop"]
 
@@ -39,7 +40,7 @@ class CovarianceExcitation(nn.Module):
         super().__init__()
         hidden = 4 * cov_dim
         self.cov_bn = nn.BatchNorm2d(cov_dim, device=device, dtype=dtype)
-        self.row_conv = nn.Conv2d(cov_dim, hidden, (cov_dim, 1), groups=cov_dim, bias=False, device=device, dtype=dtype)
+        self.row_conv = RowConv2d(cov_dim, device=device, dtype=dtype)
         self.row_conv_bn: nn.Module = nn.BatchNorm2d(hidden, device=device, dtype=dtype)
         self.act: nn.Module = nn.LeakyReLU(0.1, inplace=True)
         self.expand_conv = nn.Conv2d(hidden, out_features, 1, device=device, dtype=dtype)
@@ -102,9 +103,10 @@ class ChannelGsop(nn.Module):
             check_batch_for_training("input", x, self.excitation.row_conv_bn)
         return self.excitation(self.squeeze(x))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scale the channels of ``x``, (B, C, H, W)."""
-        return x * self.channel_weights(x)
+    def forward(self, x: torch.Tensor, shortcut: bool = False) -> torch.Tensor:
+        """Scale the channels of ``x``, (B, C, H, W); with ``shortcut``, add ``x`` in the same pass over it."""
+        weights = self.channel_weights(x)
+        return x * (1 + weights) if shortcut else x * weights
 
 
 class PositionGsop(nn.Module):
@@ -163,9 +165,10 @@ class PositionGsop(nn.Module):
         weights = self.excitation(self.squeeze(x))
         return self.resize(weights.reshape(-1, 1, self.spatial_size, self.spatial_size), x.shape[2], x.shape[3])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scale the positions of ``x``, (B, C, H, W)."""
-        return x * self.position_weights(x)
+    def forward(self, x: torch.Tensor, shortcut: bool = False) -> torch.Tensor:
+        """Scale the positions of ``x``, (B, C, H, W); with ``shortcut``, add ``x`` in the same pass over it."""
+        weights = self.position_weights(x)
+        return x * (1 + weights) if shortcut else x * weights
 
 
 class Average(nn.Module):
@@ -244,16 +247,17 @@ class FusedGsop(nn.Module):
         else:
             self.fuse = Concatenation(channels, device=device, dtype=dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scale ``x``, (B, C, H, W), in both ways, and fuse the two."""
-        return self.fuse(self.channel(x), self.position(x))
+    def forward(self, x: torch.Tensor, shortcut: bool = False) -> torch.Tensor:
+        """Scale ``x``, (B, C, H, W), in both ways, and fuse the two; with ``shortcut``, add ``x``."""
+        fused = self.fuse(self.channel(x), self.position(x))
+        return x + fused if shortcut else fused
 
 
 class GsopBlock(nn.Module):
     """The paper's residual block: a shortcut adds the input to the scaled features (Table 2, "shortcut connections").
 
     Args:
-        gsop: The scaling layer, from (B, C, H, W) to the same shape; a :class:`ChannelGsop`, for one.
+        gsop: The scaling layer, which can add the shortcut itself, more cheaply: a :class:`ChannelGsop`, for one.
     """
 
     def __init__(self, gsop: nn.Module) -> None:
@@ -262,4 +266,4 @@ class GsopBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x + gsop(x)``, (B, C, H, W)."""
-        return x + self.gsop(x)
+        return self.gsop(x, shortcut=True)

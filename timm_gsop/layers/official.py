@@ -18,6 +18,7 @@ from timm_gsop.layers.cov_pool import IsqrtCovPool2d
 from timm_gsop.layers.covariance import tril_vectorize
 from timm_gsop.layers.gsop import ChannelGsop, CovarianceExcitation, FusedGsop, PositionGsop
 from timm_gsop.layers.precision import at_least_float32, autocast_disabled
+from timm_gsop.layers.row_conv import RowConv2d
 
 __all__ = [
     "OfficialChannelGsop",
@@ -51,7 +52,7 @@ class OfficialExcitation(CovarianceExcitation):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(cov_dim, out_features, device=device, dtype=dtype)
-        self.row_conv = nn.Conv2d(cov_dim, 4 * cov_dim, (cov_dim, 1), groups=cov_dim, device=device, dtype=dtype)
+        self.row_conv = RowConv2d(cov_dim, bias=True, device=device, dtype=dtype)
         self.row_conv_bn = nn.Identity()
         self.act = act
         self.reset_parameters()
@@ -179,10 +180,11 @@ class OfficialPositionGsop(PositionGsop):
         """Bring the map of weights to the size of the input by adaptive average pooling, up as well as down."""
         return F.adaptive_avg_pool2d(weights, (height, width))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scale the positions of ``x``, (B, C, H, W), and rectify."""
+    def forward(self, x: torch.Tensor, shortcut: bool = False) -> torch.Tensor:
+        """Scale the positions of ``x``, (B, C, H, W), and rectify; with ``shortcut``, add ``x``."""
         # Not F.relu, which keeps its output for the gradient: timm's bottleneck adds the shortcut in place.
-        return (x * self.position_weights(x)).clamp_min(0)
+        scaled = (x * self.position_weights(x)).clamp_min(0)
+        return x + scaled if shortcut else scaled
 
 
 class Sum(nn.Module):
