@@ -172,6 +172,17 @@ def test_a_model_without_a_place_is_named_and_left_alone(name):
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+def test_a_second_block_in_the_same_place_is_refused(name):
+    model = create(name).eval()
+    x = image(model)
+    before = model(x)
+    with pytest.raises(ValueError, match="has a 'gsop' already"):
+        insert_gsop(model, stages=[1])
+    torch.testing.assert_close(model(x), before)
+    assert len(blocks(model)) == 4
+
+
 def test_a_model_without_feature_info_is_named():
     with pytest.raises(ValueError, match="model=Linear has no feature_info"):
         insert_gsop(nn.Linear(2, 2))

@@ -40,8 +40,9 @@ def insert_gsop(
         ``model``.
 
     Raises:
-        ValueError: If an argument is not among the accepted ones, or the model has no ``feature_info`` or no place for
-            a block: feature maps in another layout, for one, as in most transformers. The model is unchanged then.
+        ValueError: If an argument is not among the accepted ones, or the model has no ``feature_info``, or blocks there
+            already, or no place for one: feature maps in another layout, as in most transformers. The model is
+            unchanged then.
     """
     check_gsop(gsop_type, cov_dim, spatial_size, flavor="paper")
     levels = _feature_levels(model, stages)
@@ -204,7 +205,12 @@ def attach_gsop(block: nn.Module, module: nn.Module, in_front: bool = False) -> 
 
     Returns:
         A function that undoes it.
+
+    Raises:
+        ValueError: If the module has something of that name already, a block for one.
     """
+    if hasattr(module, CHILD):
+        raise ValueError(f"module={type(module).__name__} has a {CHILD!r} already; accepted: a module without.")
     if in_front:
         children = dict(module._modules)
         module._modules.clear()

@@ -66,8 +66,9 @@ class ChannelGsop(nn.Module):
     """Channel-wise GSoP: the covariance between channels scales the channels (paper section 3.1, Table 2 left).
 
     Squeeze: 1×1 convolution to ``cov_dim`` channels, BN, ReLU, covariance over all positions. Excitation: see
-    :class:`CovarianceExcitation`. There is no shortcut in here (see :class:`GsopBlock`), so it serves as timm's
-    attention layers do, for one ``create_model("resnet26", block_args=dict(attn_layer=ChannelGsop))``.
+    :class:`CovarianceExcitation`. The shortcut of the paper's block is :class:`GsopBlock`'s to ask for; without it,
+    this serves as timm's attention layers do: ``create_model("resnet26", block_args=dict(attn_layer=ChannelGsop))``.
+    The covariance is computed in at least float32, also under autocast; the output has the dtype of the input.
 
     Args:
         channels: Channels of the input, C.
@@ -114,7 +115,8 @@ class PositionGsop(nn.Module):
 
     Squeeze: 1×1 convolution to ``rd_channels`` channels, BN, ReLU, adaptive average pooling to a fixed square,
     covariance between its positions over the channels. Excitation: see :class:`CovarianceExcitation`; its weights are
-    a map, interpolated (bilinear) to the size of the input. There is no shortcut in here, see :class:`GsopBlock`.
+    a map, interpolated (bilinear) to the size of the input. The shortcut is :class:`GsopBlock`'s to ask for. The
+    covariance is computed in at least float32, also under autocast; the output has the dtype of the input.
 
     Args:
         channels: Channels of the input, C.
