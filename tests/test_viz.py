@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import timm
@@ -66,6 +68,49 @@ def test_covariance_before_and_after():
     torch.testing.assert_close(block.normalized, block.covariance / (1 + 1e-5) ** 0.5)  # a fresh BN in evaluation
 
 
+@pytest.mark.parametrize("flavor", FLAVORS)
+@pytest.mark.parametrize("gsop_type", GSOP_TYPES)
+def test_covariance_is_what_goes_through_the_excitation(gsop_type, flavor):
+    model = create(gsop_type=gsop_type, flavor=flavor).eval()
+    seen = {}
+
+    def note(name: str):
+        return lambda module, args, output: seen.update({name: (args[0].clone(), output.clone())})
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):  # no fresh ones
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+        if name.endswith((".excitation", ".cov_bn")):
+            module.register_forward_hook(note(name))
+    x = torch.randn(1, 3, 64, 96)
+    *blocks, _ = record(model, x)
+    with torch.no_grad():
+        model(x)  # what the hooks keep is this run's
+    for item in blocks:
+        torch.testing.assert_close(item.covariance, seen[f"{item.name}.excitation"][0][0])
+        torch.testing.assert_close(item.normalized, seen[f"{item.name}.excitation.cov_bn"][1][0, :, :, 0])
+
+
+def test_layers_that_do_not_run():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gsop = ChannelGsop(3, 2)
+
+        def forward(self, x):
+            return x
+
+    with pytest.raises(ValueError, match="model=Idle called none of its layers gsop"):
+        record(Idle(), torch.randn(1, 3, 8, 8))
+
+
+def test_missing_matplotlib_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install timm-gsop\[demo\]"):
+        draw([], Image.new("RGB", (8, 8)))
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
     [("isqrt_resnet26", 1), ("mpncov_resnet50", 1), ("gsop_resnet26_net1", 4), ("gsop_resnet26_net2", 4)],
@@ -122,6 +167,12 @@ def test_command_line(photo, gsop_type, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == f"wrote {out}"
 
 
+def test_untrained_picture_is_reproduced(photo, tmp_path):
+    for out in ("a.png", "b.png"):
+        main(["gsop_preresnet20_net1", str(photo), str(tmp_path / out), "--img-size", "48"])
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
 def test_command_line_with_a_grey_model(photo, tmp_path):
     main(["gsop_preresnet20_net1", str(photo), str(tmp_path / "out.png"), "--model-kwargs", "in_chans=1", "cov_dim=8"])
     assert (tmp_path / "out.png").exists()
@@ -142,15 +193,23 @@ def test_command_line_with_other_images(photo, tmp_path, capsys):
         (["gsop_preresnet20_net1", "no-such-image.png", "{out}"], "no-such-image.png"),
         (["gsop_preresnet20_net1", "{image}", "no-such-folder/out.png"], "no-such-folder"),
         (["gsop_preresnet20_net1", "{image}", "{out}.nonsense"], "nonsense"),
+        (["gsop_preresnet20_net1", "{image}", "{out}", "--img-size", "0"], "--img-size=0 is not accepted"),
+        (["gsop_preresnet20_net1", "{image}", "{out}", "--model-kwargs", "cov_dims=3"], "argument 'cov_dims'"),
+        (["gsop_preresnet20_net1", "{image}", "{out}", "--model-kwargs", "cov_dim"], "it must be KEY=VALUE"),
+        (["gsop_preresnet20_net1", "{image}", "{out}", "--checkpoint", "no-such.pth"], "'no-such.pth' is no file"),
+        (["gsop_preresnet20_net1", "{image}", "{out}", "--checkpoint", "{weights}"], "cannot be created: Error"),
     ],
 )
 def test_command_line_errors_are_one_line(arguments, message, tmp_path, capsys):
-    paths = {name: tmp_path / f"{name}.png" for name in ("image", "text", "out")}
+    paths = {name: tmp_path / f"{name}.png" for name in ("image", "text", "out", "weights")}
+    torch.save({"other": torch.zeros(1)}, paths["weights"])
     Image.new("RGB", (32, 32)).save(paths["image"])
     paths["text"].write_text("not an image")
     before = set(tmp_path.iterdir())
     with pytest.raises(SystemExit) as stop:
         main([argument.format(**paths) for argument in arguments])
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err.split("error: ")[1]
+    assert message in error
+    assert error.count("\n") == 1
     assert set(tmp_path.iterdir()) == before

@@ -59,7 +59,7 @@ def record(model: nn.Module, image: torch.Tensor) -> list[Record]:
         One record a layer; a fused block has two, by channel and by position.
 
     Raises:
-        ValueError: If ``image`` is not one image, or ``model`` has no such layer.
+        ValueError: If ``image`` is not one image, or ``model`` has no such layer, or runs none of them.
     """
     if image.ndim != 4 or image.shape[0] != 1:
         raise ValueError(f"image has shape {tuple(image.shape)}; accepted: (1, C, H, W), one image.")
@@ -78,6 +78,8 @@ def record(model: nn.Module, image: torch.Tensor) -> list[Record]:
     try:
         model.eval()
         model(image)
+        if not inputs:
+            raise ValueError(f"model={type(model).__name__} called none of its layers {', '.join(layers)}.")
         names = {module: name for name, module in layers.items()}
         return [_look_into(names[module], module, x) for module, x in inputs.items()]
     finally:
@@ -105,10 +107,17 @@ def draw(records: Sequence[Record], image: Image.Image, title: str = "") -> "Fig
         records: What :func:`record` returned; of more than 9, evenly spaced ones are drawn.
         image: The image, as the model saw it.
         title: Stands above the figure.
+
+    Raises:
+        ModuleNotFoundError: Without matplotlib.
     """
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}; pip install timm-gsop[demo] brings it", name=error.name) from error
 
     if len(records) > MAX_ROWS:
+        title += f"\n{MAX_ROWS} of {len(records)} layers"
         last = len(records) - 1
         records = [records[round(i * last / (MAX_ROWS - 1))] for i in range(MAX_ROWS)]
     figure = Figure(figsize=(9, 2.5 * (len(records) + 1)), layout="constrained")
@@ -160,8 +169,8 @@ def _draw_weights(ax: Any, item: Record, image: Image.Image) -> None:
 def _draw_matrix(ax: Any, matrix: torch.Tensor, title: str) -> None:
     values = matrix.float().cpu().numpy()
     limit = np.quantile(np.abs(values), 0.99) or 1.0
-    shown = ax.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, interpolation="nearest")
-    ax.figure.colorbar(shown, ax=ax)
+    shown = ax.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, interpolation="antialiased")
+    ax.figure.colorbar(shown, ax=ax, extend="both")  # the largest one in a hundred are beyond
     ax.set_title(title, fontsize=9)
     ax.set(xticks=(), yticks=())
 
@@ -175,8 +184,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pretrained", action="store_true")
     parser.add_argument("--checkpoint", default="", help="weights to load into the model")
     parser.add_argument("--num-classes", type=int)
-    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
+    parser.add_argument("--img-size", type=int, help="side of the square that the model sees, in place of its own")
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=_KeyValues, metavar="KEY=VALUE")
     args = parser.parse_args(argv)
+    if args.img_size is not None and args.img_size < 1:
+        parser.error(f"--img-size={args.img_size} is not accepted; it must be an integer >= 1.")
+    if args.checkpoint and not Path(args.checkpoint).is_file():
+        parser.error(f"--checkpoint={args.checkpoint!r} is no file.")
+    torch.manual_seed(0)  # the picture of an untrained model is always the same
     try:
         model = timm.create_model(
             args.model,
@@ -185,11 +200,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             num_classes=args.num_classes,
             **args.model_kwargs,
         )
-        image, x = _load(args.image, model)
-        figure = draw(record(model, x), image, title=args.model)
-    except ModuleNotFoundError as error:
-        parser.error(f"{error}; pip install timm-gsop[demo] brings it")
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        parser.error(f"model={args.model!r} cannot be created: {reason}")
+    try:
+        image, x = _load(args.image, model, args.img_size)
+        trained = args.pretrained or args.checkpoint
+        figure = draw(record(model, x), image, title=args.model if trained else f"{args.model}, untrained")
+    except (ModuleNotFoundError, OSError, RuntimeError, ValueError) as error:
         parser.error(str(error))
     partial = args.out.with_name(f".{args.out.name}.partial")
     try:
@@ -202,9 +220,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"wrote {args.out}")
 
 
-def _load(path: Path, model: nn.Module) -> tuple[Image.Image, torch.Tensor]:
+class _KeyValues(ParseKwargs):
+    """timm's, with an error of one line where there is no ``=``."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        for value in values:
+            if "=" not in value:
+                parser.error(f"{option} {value!r} is not accepted; it must be KEY=VALUE.")
+        super().__call__(parser, namespace, values, option)
+
+
+def _load(path: Path, model: nn.Module, size: int | None = None) -> tuple[Image.Image, torch.Tensor]:
     """The image, cropped as the model sees it, and as its input."""
     config = resolve_data_config(get_model_input_config(model), model=model)
+    if size is not None:
+        config["input_size"] = (config["input_size"][0], size, size)
     channels = config["input_size"][0]
     if channels not in (1, 3):
         raise ValueError(f"model takes images of {channels} channels; accepted: 1 or 3.")
