@@ -14,7 +14,7 @@ FAMILIES = {
     "convnext_atto": ["stages.0", "stages.1", "stages.2", "stages.3"],
     "cspresnet50": ["stages.0", "stages.1", "stages.2", "stages.3"],
     "densenet121": ["features.transition1", "features.transition2", "features.transition3", "features.norm5"],
-    "dla34": ["level2", "level3", "level4", "level5"],
+    "dla34": ["level2.root.relu", "level3.tree2.root.relu", "level4.tree2.root.relu", "level5.root.relu"],
     "edgenext_xx_small": ["stages.0", "stages.1", "stages.2", "stages.3"],
     "efficientnet_b0": ["blocks.1", "blocks.2", "blocks.4", "blocks.6"],
     "ese_vovnet19b_dw": ["stages.0", "stages.1", "stages.2", "stages.3"],
@@ -34,7 +34,7 @@ FAMILIES = {
     "vgg11_bn": ["features.13", "features.20", "features.27", "features.28"],
     "xception41": ["blocks.1.stack.act3", "blocks.2.stack.act3", "blocks.11.stack.act3", "blocks.12"],
 }
-NOT_SCRIPTABLE = ("dla34", "hrnet_w18_small")  # hrnet as such; dla's modules with several arguments take no typed hook
+NOT_SCRIPTABLE = ("hrnet_w18_small",)  # nor is it without blocks
 families = pytest.mark.parametrize("name", FAMILIES)
 
 

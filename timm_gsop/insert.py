@@ -1,5 +1,6 @@
 """GSoP blocks in any timm model whose feature maps are (B, C, H, W)."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -139,7 +140,15 @@ def _possible_sites(model: nn.Module, calls: _Calls, level: int) -> list[tuple[n
         )
     behind = [module for module in calls.came_from(level) if _takes_children(module)]
     before = [module for module in calls.went_into(level) if _is_plain_sequential(module)]
-    return [*[(module, False) for module in reversed(behind)], *[(module, True) for module in before]]
+    behind.reverse()  # outer ones first
+    behind.sort(key=lambda module: not _takes_one_tensor(module))
+    return [*[(module, False) for module in behind], *[(module, True) for module in before]]
+
+
+def _takes_one_tensor(module: nn.Module) -> bool:
+    """Whether a hook that is typed so fits the module: TorchScript refuses others."""
+    _, *parameters = inspect.signature(type(module).forward).parameters.values()
+    return len(parameters) == 1 and parameters[0].annotation in (inspect.Parameter.empty, torch.Tensor)
 
 
 def _is_plain_sequential(module: nn.Module) -> bool:
