@@ -93,8 +93,7 @@ def _look_into(name: str, layer: Any, x: torch.Tensor) -> Record:
     covariance = layer.squeeze(x)
     if isinstance(layer, IsqrtCovPool2d | MpnCovPool2d):
         return Record(name, covariance[0], layer.normalize(covariance)[0])
-    excitation = layer.excitation
-    normalized = excitation.cov_bn(covariance.to(excitation.row_conv.weight.dtype).unsqueeze(-1))[0, :, :, 0]
+    normalized = layer.excitation.normalize_rows(covariance)[0, :, :, 0]
     if isinstance(layer, ChannelGsop):
         return Record(name, covariance[0], normalized, channel_weights=layer.channel_weights(x).flatten())
     return Record(name, covariance[0], normalized, position_weights=layer.position_weights(x)[0, 0])

@@ -54,11 +54,14 @@ class CovarianceExcitation(nn.Module):
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
 
+    def normalize_rows(self, cov: torch.Tensor) -> torch.Tensor:
+        """Row-wise batch normalization: (B, C, C) to (B, C, C, 1), in the dtype of the convolutions."""
+        # Rows are channels, columns are positions: the row-wise operations are ordinary ones then.
+        return self.cov_bn(cov.to(self.row_conv.weight.dtype).unsqueeze(-1))
+
     def forward(self, cov: torch.Tensor) -> torch.Tensor:
         """Map (B, C, C) to weights (B, out_features, 1, 1), in the dtype of the convolutions."""
-        # Rows are channels, columns are positions: the row-wise operations are ordinary ones then.
-        x = self.cov_bn(cov.to(self.row_conv.weight.dtype).unsqueeze(-1))
-        x = self.act(self.row_conv_bn(self.row_conv(x)))
+        x = self.act(self.row_conv_bn(self.row_conv(self.normalize_rows(cov))))
         return self.gate(self.expand_conv(x))
 
 
