@@ -8,6 +8,7 @@ import torch
 from timm.layers import get_device_dtype
 from torch import nn
 
+from timm_gsop.evaluation_mode import evaluation_mode
 from timm_gsop.layers import GsopBlock, check_gsop, create_gsop
 
 __all__ = ["attach_gsop", "insert_gsop"]
@@ -116,17 +117,12 @@ def _feature_infos(model: nn.Module) -> list[dict[str, Any]]:
 @torch.no_grad()
 def _run(model: Any) -> list[torch.Tensor]:
     """Feature maps of a blank image, in evaluation: no statistics change, nor the modules' modes."""
-    modes = {module: module.training for module in model.modules()}
     size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
     image = torch.zeros(1, getattr(model, "in_chans", size[0]), *size[1:], **get_device_dtype(model))
-    try:
-        model.eval()
+    with evaluation_mode(model):
         if hasattr(model, "forward_intermediates"):
             return model.forward_intermediates(image, intermediates_only=True)
         return model(image)  # created with features_only
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _possible_sites(model: nn.Module, calls: _Calls, level: int) -> list[tuple[nn.Module, bool]]:

@@ -18,6 +18,7 @@ from timm.models import get_model_input_config
 from timm.utils import ParseKwargs
 from torch import nn
 
+from timm_gsop.evaluation_mode import evaluation_mode
 from timm_gsop.layers import ChannelGsop, IsqrtCovPool2d, MpnCovPool2d, PositionGsop
 
 if TYPE_CHECKING:
@@ -74,17 +75,14 @@ def record(model: nn.Module, image: torch.Tensor) -> list[Record]:
         )
     inputs: dict[nn.Module, torch.Tensor] = {}
     hooks = [m.register_forward_pre_hook(lambda m, args: inputs.update({m: args[0].clone()})) for m in layers.values()]
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        model(image)
-        if not inputs:
-            raise ValueError(f"model={type(model).__name__} called none of its layers {', '.join(layers)}.")
-        names = {module: name for name, module in layers.items()}
-        return [_look_into(names[module], module, x) for module, x in inputs.items()]
+        with evaluation_mode(model):
+            model(image)
+            if not inputs:
+                raise ValueError(f"model={type(model).__name__} called none of its layers {', '.join(layers)}.")
+            names = {module: name for name, module in layers.items()}
+            return [_look_into(names[module], module, x) for module, x in inputs.items()]
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for hook in hooks:
             hook.remove()
 
