@@ -14,9 +14,10 @@ ALLOWED = {
     "evaluation_mode": set(),
     "insert": {"evaluation_mode", "layers"},
     "layers": {"layers"},
-    "models": {"insert", "layers", "models"},
+    "models": {"insert", "layers", "models", "pretrained"},
+    "pretrained": {"layers", "pretrained"},
     "viz": {"evaluation_mode", "layers"},
-    "weights": {"layers", "models", "weights"},
+    "weights": {"layers", "models", "pretrained", "weights"},
 }
 
 

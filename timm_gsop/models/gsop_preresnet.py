@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, create_conv2d
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
 from timm_gsop.layers import GsopBlock, check_gsop, create_gsop
 from timm_gsop.layers.checks import check_choice, check_positive_int, check_stages
+from timm_gsop.models.build import build_model
 from timm_gsop.models.global_pool import GlobalPoolMixin, init_our_weights
 from timm_gsop.models.last_stride import remove_stride
 
@@ -182,7 +183,7 @@ def _interleave(bottlenecks: nn.Sequential, blocks: Mapping[int, nn.Module]) -> 
 
 def _create_gsop_preresnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GsopPreActResNet:
     feature_cfg = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
-    return build_model_with_cfg(GsopPreActResNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build_model(GsopPreActResNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

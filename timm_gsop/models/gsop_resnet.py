@@ -7,20 +7,28 @@ Papers:
 * Is Second-order Information Helpful for Large-scale Visual Recognition?, ICCV 2017 - https://arxiv.org/abs/1703.08050
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from timm_gsop.layers import GsopBlock, check_gsop, create_gsop
+from timm_gsop.layers import GsopBlock, IsqrtCovPool2d, OfficialIsqrtCovPool2d, check_gsop, create_gsop
 from timm_gsop.layers.checks import check_choice, check_stages
+from timm_gsop.models.build import build_model
 from timm_gsop.models.global_pool import GlobalPoolMixin, init_our_weights
 from timm_gsop.models.last_stride import remove_stride
+from timm_gsop.pretrained.checkpoint import Weights
+from timm_gsop.pretrained.locate import hub_id
+from timm_gsop.pretrained.neutral_start import neutral_start
+from timm_gsop.pretrained.released import ISQRT_ITERS, from_fast_mpn_cov, is_fast_mpn_cov, to_lower_triangle
 
-__all__ = ["GsopResNet"]  # register_model adds the entry points
+__all__ = ["GsopResNet", "checkpoint_filter_fn"]  # register_model adds the entry points
+
+_logger = logging.getLogger(__name__)
 
 
 class GsopResNet(GlobalPoolMixin, ResNet):
@@ -98,8 +106,33 @@ class GsopResNet(GlobalPoolMixin, ResNet):
         init_our_weights(self)
 
 
+def checkpoint_filter_fn(weights: Weights, model: GsopResNet) -> Weights:
+    """Fit weights to a network: iSQRT-COV's get our names, and blocks that they lack start neutral.
+
+    Args:
+        weights: By our names, or by those of fast MPN-COV.
+        model: The network; its new blocks' weights are changed.
+
+    Returns:
+        Weights with which the network computes what theirs did.
+
+    Raises:
+        ValueError: If a new block cannot start neutral (see :func:`neutral_start`).
+    """
+    if is_fast_mpn_cov(weights):
+        weights = from_fast_mpn_cov(weights).weights
+        pool = model.global_pool
+        if isinstance(pool, IsqrtCovPool2d) and pool.num_iters != ISQRT_ITERS:
+            _logger.warning(
+                "The function changes: isqrt_iters=%d, and the weights are of %d.", pool.num_iters, ISQRT_ITERS
+            )
+        if isinstance(pool, OfficialIsqrtCovPool2d):
+            weights = to_lower_triangle(weights, model.isqrt_dim)
+    return neutral_start(model, weights)
+
+
 def _create_gsop_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GsopResNet:
-    return build_model_with_cfg(GsopResNet, variant, pretrained, **kwargs)
+    return build_model(GsopResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -128,18 +161,46 @@ _MPN = dict(
     paper_name="Is Second-order Information Helpful for Large-scale Visual Recognition?", paper_ids="arXiv:1703.08050"
 )
 
+# What the authors of iSQRT-COV published: depth, and the head of the file's SHA-256; top-1 and top-5 error.
+_ISQRT_FILES = {50: "mpncovresnet50-15991845.pth", 101: "mpncovresnet101-ade9737a.pth"}
+_ISQRT_ERRORS = {50: "21.71 / 6.13", 101: "20.99 / 5.56"}
+
+
+def _isqrt_in1k(name: str, **kwargs: Any) -> dict[str, Any]:
+    """Weights of iSQRT-COV; in a GSoP-Net2 the blocks start neutral."""
+    depth = 101 if "101" in name else 50
+    neutral = name.startswith("gsop")
+    return _cfg(
+        hf_hub_id=hub_id(name),
+        url=f"http://jtxie.com/models/{_ISQRT_FILES[depth]}",
+        origin_url="https://github.com/jiangtaoxie/fast-MPN-COV",
+        description=f"iSQRT-COV, ResNet-{depth}, trained on ImageNet-1k by its authors"
+        + ("; three GSoP blocks in it that are untrained and leave its function as it is." if neutral else "."),
+        notes=(
+            "data: ImageNet-1k",
+            f"reported: top-1 / top-5 error {_ISQRT_ERRORS[depth]} %, by the authors of iSQRT-COV for their network "
+            "(https://github.com/jiangtaoxie/fast-MPN-COV); not measured by us",
+        ),
+        **{**kwargs, "license": "mit"},
+    )
+
+
 default_cfgs = generate_default_cfgs(
     {
         "gsop_resnet26_net1.untrained": _cfg(**_GSOP),
         "gsop_resnet26_net2.untrained": _cfg(**_GSOP),
         "gsop_resnet50_net1.untrained": _cfg(**_GSOP),
+        "gsop_resnet50_net2.isqrt_in1k": _isqrt_in1k("gsop_resnet50_net2.isqrt_in1k", **_GSOP),
         "gsop_resnet50_net2.untrained": _cfg(**_GSOP),
         "gsop_resnet101_net1.untrained": _cfg(**_GSOP),
+        "gsop_resnet101_net2.isqrt_in1k": _isqrt_in1k("gsop_resnet101_net2.isqrt_in1k", **_GSOP),
         "gsop_resnet101_net2.untrained": _cfg(**_GSOP),
         "gsop_resnet152_net1.untrained": _cfg(**_GSOP),
         "gsop_resnet152_net2.untrained": _cfg(**_GSOP),
         "isqrt_resnet26.untrained": _cfg(**_ISQRT),
+        "isqrt_resnet50.in1k": _isqrt_in1k("isqrt_resnet50.in1k", **_ISQRT),
         "isqrt_resnet50.untrained": _cfg(**_ISQRT),
+        "isqrt_resnet101.in1k": _isqrt_in1k("isqrt_resnet101.in1k", **_ISQRT),
         "isqrt_resnet101.untrained": _cfg(**_ISQRT),
         "mpncov_resnet50.untrained": _cfg(**_MPN),
     }

@@ -20,7 +20,7 @@ from timm.data import (
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
 )
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.densenet import DenseNet
 from timm.models.inception_v3 import InceptionV3
 from timm.models.resnet import Bottleneck
@@ -28,6 +28,7 @@ from timm.models.resnet import Bottleneck
 from timm_gsop.insert import attach_gsop
 from timm_gsop.layers import GsopBlock, check_gsop, create_gsop
 from timm_gsop.layers.checks import check_choice, check_stages
+from timm_gsop.models.build import build_model
 from timm_gsop.models.global_pool import GlobalPoolMixin
 from timm_gsop.models.gsop_resnet import GsopResNet
 
@@ -178,19 +179,19 @@ _RESNEXT50: dict[str, Any] = dict(block=Bottleneck, layers=(3, 4, 6, 3), cardina
 def gsop_resnext50_32x4d_net1(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
     """GSoP-Net1 on ResNeXt-50 32x4d: GSoP blocks after all stages, average pooling."""
     model_args = dict(_RESNEXT50, gsop_layers=(1, 2, 3, 4), global_pool="avg")
-    return build_model_with_cfg(GsopResNet, "gsop_resnext50_32x4d_net1", pretrained, **dict(model_args, **kwargs))
+    return build_model(GsopResNet, "gsop_resnext50_32x4d_net1", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def gsop_resnext50_32x4d_net2(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
     """GSoP-Net2 on ResNeXt-50 32x4d: GSoP blocks after the first three stages, iSQRT-COV pooling."""
     model_args = dict(_RESNEXT50, gsop_layers=(1, 2, 3), global_pool="isqrt")
-    return build_model_with_cfg(GsopResNet, "gsop_resnext50_32x4d_net2", pretrained, **dict(model_args, **kwargs))
+    return build_model(GsopResNet, "gsop_resnext50_32x4d_net2", pretrained, **dict(model_args, **kwargs))
 
 
 def _create_gsop_densenet(variant: str, pretrained: bool, **kwargs: Any) -> GsopDenseNet:
     feature_cfg = dict(flatten_sequential=True)  # as timm's DenseNet: its levels are inside a sequence
-    return build_model_with_cfg(GsopDenseNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build_model(GsopDenseNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 @register_model
@@ -211,11 +212,11 @@ def gsop_densenet121_net2(pretrained: bool = False, **kwargs: Any) -> GsopDenseN
 def gsop_inception_v3_net1(pretrained: bool = False, **kwargs: Any) -> GsopInceptionV3:
     """GSoP-Net1 on Inception-v3: GSoP blocks after all three stages, average pooling."""
     model_args = dict(gsop_layers=(1, 2, 3), global_pool="avg")
-    return build_model_with_cfg(GsopInceptionV3, "gsop_inception_v3_net1", pretrained, **dict(model_args, **kwargs))
+    return build_model(GsopInceptionV3, "gsop_inception_v3_net1", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def gsop_inception_v3_net2(pretrained: bool = False, **kwargs: Any) -> GsopInceptionV3:
     """GSoP-Net2 on Inception-v3: GSoP blocks after the first two stages, iSQRT-COV pooling."""
     model_args = dict(gsop_layers=(1, 2), global_pool="isqrt")
-    return build_model_with_cfg(GsopInceptionV3, "gsop_inception_v3_net2", pretrained, **dict(model_args, **kwargs))
+    return build_model(GsopInceptionV3, "gsop_inception_v3_net2", pretrained, **dict(model_args, **kwargs))

@@ -1,6 +1,6 @@
 """Where weights come from: conversion of released checkpoints, and blocks that start without changing a network."""
 
+from timm_gsop.pretrained.neutral_start import neutral_start
 from timm_gsop.weights.convert import convert
-from timm_gsop.weights.neutral_start import neutral_start
 
 __all__ = ["convert", "neutral_start"]

@@ -10,13 +10,12 @@ from timm.data import resolve_data_config
 from timm.models.resnet import ResNet
 from torch import nn
 
-from timm_gsop.layers import OfficialIsqrtCovPool2d
 from timm_gsop.layers.checks import check_choice
 from timm_gsop.models import GsopResNet
-from timm_gsop.weights.checkpoint import Weights, load_exactly, read_checkpoint
+from timm_gsop.models.gsop_resnet import checkpoint_filter_fn
+from timm_gsop.pretrained.checkpoint import Weights, load_exactly, read_checkpoint
+from timm_gsop.pretrained.released import Released, from_fast_mpn_cov, from_gsop
 from timm_gsop.weights.hub_folder import save_hub_folder
-from timm_gsop.weights.neutral_start import neutral_start
-from timm_gsop.weights.released import Released, from_fast_mpn_cov, from_gsop
 
 __all__ = ["SOURCES", "convert"]
 
@@ -40,7 +39,7 @@ def convert(
         checkpoint: A file; from timm, also the name of a model with pretrained weights.
         folder: Where to write; it must not exist, or be empty. Nothing is left there if anything fails.
         model_name: The network to make, where it is not the one in the checkpoint: a GSoP ResNet, whose additional
-            blocks start neutral (see :func:`timm_gsop.weights.neutral_start`). From timm, it is needed.
+            blocks start neutral (see :func:`timm_gsop.pretrained.neutral_start`). From timm, it is needed.
         model_kwargs: Arguments of the network, besides what the checkpoint shows.
 
     Returns:
@@ -54,11 +53,7 @@ def convert(
     given = model_kwargs or {}
     released, data_config = _read(source, checkpoint, model_name, given)
     model = timm.create_model(model_name or released.model_name, **{**released.model_kwargs, **given}).eval()
-    weights = released.weights
-    if source == "fast-mpn-cov" and isinstance(getattr(model, "global_pool", None), OfficialIsqrtCovPool2d):
-        weights = _to_lower_triangle(weights, model.isqrt_dim)
-    if isinstance(model, GsopResNet):
-        weights = neutral_start(model, weights)
+    weights = checkpoint_filter_fn(released.weights, model) if isinstance(model, GsopResNet) else released.weights
     load_exactly(model, weights)
     save_hub_folder(model, folder, data_config)
     return model
@@ -76,7 +71,7 @@ def _read(
     weights = read_checkpoint(Path(checkpoint))
     if source == "gsop":
         return from_gsop(weights, given.get("gsop_type")), None
-    return from_fast_mpn_cov(weights), None
+    return from_fast_mpn_cov(weights)._replace(weights=weights), None  # by their names: the filter renames
 
 
 def _from_timm(checkpoint: str, model_name: str, given: dict[str, Any]) -> tuple[Weights, dict[str, Any] | None]:
@@ -102,12 +97,3 @@ def _from_timm(checkpoint: str, model_name: str, given: dict[str, Any]) -> tuple
             model_name,
         )
     return weights, data_config
-
-
-def _to_lower_triangle(weights: Weights, size: int) -> Weights:
-    """Reorder the classifier's columns from the upper triangle to the lower, both row by row."""
-    rows, cols = torch.tril_indices(size, size)
-    position = torch.zeros(size, size, dtype=torch.long)
-    upper = torch.triu_indices(size, size)
-    position[upper[0], upper[1]] = torch.arange(upper.shape[1])
-    return {**weights, "fc.weight": weights["fc.weight"][:, position[cols, rows]]}

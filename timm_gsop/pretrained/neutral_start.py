@@ -3,18 +3,18 @@
 from typing import Any
 
 import torch
+from timm.models.resnet import ResNet
 from torch import nn
 
 from timm_gsop.layers import ChannelGsop, FusedGsop, GsopBlock, OfficialFusedGsop, OfficialPositionGsop, PositionGsop
 from timm_gsop.layers.gsop import Concatenation
-from timm_gsop.models import GsopResNet
-from timm_gsop.weights.checkpoint import Weights
+from timm_gsop.pretrained.checkpoint import Weights
 
 __all__ = ["neutral_start"]
 
 
 @torch.no_grad()
-def neutral_start(model: GsopResNet, weights: Weights) -> Weights:
+def neutral_start(model: ResNet, weights: Weights) -> Weights:
     """Make every block that ``weights`` do not have neutral, and return weights with which the function is unchanged.
 
     With its last convolution zero, a block's sigmoid gives exactly one half. In the paper flavor the block makes
@@ -34,7 +34,7 @@ def neutral_start(model: GsopResNet, weights: Weights) -> Weights:
         ValueError: If the model is not a GSoP ResNet, or a new block cannot be neutral: in the official flavor those
             with position-wise parts, which end in a ReLU or a batch normalization.
     """
-    if not isinstance(model, GsopResNet):
+    if not isinstance(model, ResNet):
         raise ValueError(f"model={type(model).__name__} cannot start neutral; accepted: GSoP ResNets.")
     weights = dict(weights)
     for stage in range(1, 5):

@@ -9,9 +9,14 @@ import re
 from math import isqrt
 from typing import Any, NamedTuple
 
-from timm_gsop.weights.checkpoint import Weights
+import torch
 
-__all__ = ["Released", "from_fast_mpn_cov", "from_gsop"]
+from timm_gsop.pretrained.checkpoint import Weights
+
+__all__ = ["ISQRT_ITERS", "Released", "from_fast_mpn_cov", "from_gsop", "is_fast_mpn_cov", "to_lower_triangle"]
+
+ISQRT_ITERS = 5
+"""Newton–Schulz iterations of fast MPN-COV, part of the networks that it trained."""
 
 DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101}
 
@@ -48,6 +53,11 @@ class Released(NamedTuple):
     weights: Weights
 
 
+def is_fast_mpn_cov(weights: Weights) -> bool:
+    """Whether weights have the names of fast MPN-COV, and not ours."""
+    return "layer_reduce.weight" in weights
+
+
 def from_fast_mpn_cov(weights: Weights) -> Released:
     """Recognise a checkpoint of fast MPN-COV (iSQRT-COV): five iterations, the upper triangle, as ours.
 
@@ -55,11 +65,13 @@ def from_fast_mpn_cov(weights: Weights) -> Released:
         ValueError: If it is not one.
     """
     depth = _depth(weights)
-    if "layer_reduce.weight" not in weights:
+    if not is_fast_mpn_cov(weights):
         raise ValueError(
             "The checkpoint has no layer_reduce; accepted: networks of fast MPN-COV with covariance pooling."
         )
-    kwargs = dict(num_classes=_num_classes(weights), isqrt_dim=weights["layer_reduce.weight"].shape[0], isqrt_iters=5)
+    kwargs = dict(
+        num_classes=_num_classes(weights), isqrt_dim=weights["layer_reduce.weight"].shape[0], isqrt_iters=ISQRT_ITERS
+    )
     return Released(f"isqrt_resnet{depth}", kwargs, {_rename_head(name): value for name, value in weights.items()})
 
 
@@ -98,6 +110,15 @@ def from_gsop(weights: Weights, gsop_type: str | None = None) -> Released:
         kwargs["gsop_layers"] = tuple(stages)
     renamed = {_rename_block(name, gsop_type): value for name, value in weights.items()}
     return Released(f"gsop_resnet{depth}_net{net}", kwargs, renamed)
+
+
+def to_lower_triangle(weights: Weights, size: int) -> Weights:
+    """Reorder the classifier's columns from the upper triangle to the lower, both row by row."""
+    rows, cols = torch.tril_indices(size, size)
+    position = torch.zeros(size, size, dtype=torch.long)
+    upper = torch.triu_indices(size, size)
+    position[upper[0], upper[1]] = torch.arange(upper.shape[1])
+    return {**weights, "fc.weight": weights["fc.weight"][:, position[cols, rows]]}
 
 
 def _depth(weights: Weights) -> int:

@@ -1,0 +1,138 @@
+"""Where a network's pretrained weights are: in the package, on the Hugging Face Hub, or at their origin."""
+
+import hashlib
+import logging
+import re
+from pathlib import Path
+from urllib.parse import urlparse
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from timm.models import PretrainedCfg
+from torch.hub import download_url_to_file
+
+__all__ = ["HUB_ORGANISATION", "hub_id", "locate_weights", "shipped"]
+
+HUB_ORGANISATION = "timm-gsop"
+"""Owner of our repositories on the Hub."""
+
+SHIPPED = Path(__file__).parent / "shipped"
+
+_logger = logging.getLogger(__name__)
+
+
+def hub_id(model: str) -> str:
+    """The Hub's whole id of one of our models, ``"gsop_resnet50_net2.isqrt_in1k"`` for one."""
+    return f"{HUB_ORGANISATION}/{model}"
+
+
+def shipped(model: str) -> str:
+    """The file in this package that has a small model's weights."""
+    return str(SHIPPED / f"{model}.safetensors")
+
+
+def locate_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path | None:
+    """Find the weights of a pretrained configuration, and download them if they are not cached.
+
+    A file that the configuration names (those that ship with this package do) comes first, then its repository on the
+    Hub; if that does not exist, its origin. The digest that the Hub states of a file, and the one in an origin's file
+    name, are checked each time, for cached files too.
+
+    Args:
+        cfg: The configuration.
+        cache_dir: Where downloads are kept, in place of the Hub's and PyTorch's own folders.
+
+    Returns:
+        The file, or None where timm finds the weights without us: those that are given as tensors or as a file or
+        folder, and addresses whose file names have no digest.
+
+    Raises:
+        RuntimeError: If the weights are neither cached nor to be had, or are not what their digest says.
+    """
+    if cfg.state_dict or cfg.file or cfg.source == "local-dir":
+        return None
+    if cfg.hf_hub_id:
+        try:
+            return _from_hub(cfg, cache_dir)
+        except GatedRepoError as error:
+            raise _unavailable(cfg, error) from error
+        except RepositoryNotFoundError as error:
+            if not _digest_in(cfg.url):
+                raise _unavailable(cfg, error) from error
+            _logger.warning("%s is not on the Hub: its weights come from their origin, %s", cfg.hf_hub_id, cfg.url)
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                return None  # no safetensors there: timm knows the other names
+            cached = _origin_file(str(cfg.url), cache_dir)
+            if not _digest_in(cfg.url) or not cached.exists():
+                raise _unavailable(cfg, error) from error
+            _logger.warning("The Hub cannot be reached: %s comes from %s", cfg.hf_hub_id, cached)
+    return _from_origin(cfg, cache_dir) if _digest_in(cfg.url) else None
+
+
+def _from_hub(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path | None:
+    if cfg.hf_hub_filename:
+        return None
+    repo_id, _, revision = str(cfg.hf_hub_id).partition("@")
+    path = Path(
+        huggingface_hub.hf_hub_download(repo_id, "model.safetensors", revision=revision or None, cache_dir=cache_dir)
+    )
+    blob = path.resolve()  # the Hub's cache names large files by their SHA-256
+    if re.fullmatch("[0-9a-f]{64}", blob.name):
+        _check_digest(blob, blob.name)
+    return path
+
+
+def _from_origin(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
+    path = _origin_file(str(cfg.url), cache_dir)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            download_url_to_file(str(cfg.url), str(path), hash_prefix=_digest_in(cfg.url), progress=False)
+        except (OSError, RuntimeError) as error:
+            raise _unavailable(cfg, error) from error
+    _check_digest(path, _digest_in(cfg.url))
+    return path
+
+
+def _origin_file(url: str, cache_dir: str | Path | None) -> Path:
+    """Where PyTorch and timm keep the file of an address."""
+    folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "checkpoints"
+    return folder / Path(urlparse(url).path).name
+
+
+def _digest_in(url: str | tuple[str, str] | None) -> str:
+    """The head of the SHA-256 in a file's name, as PyTorch's hub writes it: ``name-15991845.pth``."""
+    found = re.search(r"-([0-9a-f]{8,})\.\w+$", url) if isinstance(url, str) else None
+    return found.group(1) if found else ""
+
+
+def _check_digest(path: Path, digest: str) -> None:
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            sha256.update(part)
+    found = sha256.hexdigest()
+    if not found.startswith(digest):
+        path.unlink()
+        raise RuntimeError(
+            f"{path} was damaged: its SHA-256 is {found}, not {digest}. It has been removed; the next try downloads it."
+        )
+
+
+def _unavailable(cfg: PretrainedCfg, cause: Exception) -> RuntimeError:
+    places = " or ".join(place for place in (cfg.hf_hub_id and f"the Hub as {cfg.hf_hub_id}", cfg.url) if place)
+    name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.hf_hub_id
+    reason = str(cause).strip().splitlines()
+    return RuntimeError(
+        f"The pretrained weights of {name} are not cached and cannot be had from {places}. Connect "
+        f"to the network and try again, or pass a copy: pretrained_cfg_overlay=dict(file='PATH'). The cause: "
+        f"{type(cause).__name__}: {reason[0] if reason else ''}"
+    )
