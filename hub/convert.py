@@ -13,7 +13,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--from", dest="source", choices=SOURCES, required=True, help="what made the checkpoint")
-    parser.add_argument("src", help="the checkpoint; from timm, also the name of a model")
+    parser.add_argument("src", help="the checkpoint; from timm, also the name of a pretrained model")
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--model", help="the network to make; blocks that the checkpoint lacks start neutral")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")

@@ -6,19 +6,13 @@ import re
 from pathlib import Path
 from urllib.parse import urlparse
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from timm.models import PretrainedCfg
 from torch.hub import download_url_to_file
 
-__all__ = ["HUB_ORGANISATION", "hub_id", "locate_weights", "shipped"]
+__all__ = ["HUB_ORGANISATION", "hub_id", "is_origin", "locate_weights", "shipped"]
 
 HUB_ORGANISATION = "timm-gsop"
 """Owner of our repositories on the Hub."""
@@ -58,36 +52,34 @@ def locate_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> P
     """
     if cfg.state_dict or cfg.file or cfg.source == "local-dir":
         return None
-    if cfg.hf_hub_id:
+    if cfg.hf_hub_id and not cfg.hf_hub_filename:
         try:
-            return _from_hub(cfg, cache_dir)
-        except GatedRepoError as error:
-            raise _unavailable(cfg, error) from error
-        except RepositoryNotFoundError as error:
-            if not _digest_in(cfg.url):
+            path = _from_hub(cfg.hf_hub_id, cache_dir)
+        except (RepositoryNotFoundError, RemoteEntryNotFoundError) as error:
+            if isinstance(error, GatedRepoError):
                 raise _unavailable(cfg, error) from error
-            _logger.warning("%s is not on the Hub: its weights come from their origin, %s", cfg.hf_hub_id, cfg.url)
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-                return None  # no safetensors there: timm knows the other names
+            if _digest_in(cfg.url):
+                _logger.warning("%s is not on the Hub: its weights come from their origin, %s", cfg.hf_hub_id, cfg.url)
+                return _from_origin(cfg, cache_dir)
+            if isinstance(error, RemoteEntryNotFoundError):
+                return None  # not as safetensors: timm knows the other names
+            raise _unavailable(cfg, error) from error
+        except Exception as error:  # of HTTP libraries, which differ with the client's version, and of the system
             cached = _origin_file(str(cfg.url), cache_dir)
             if not _digest_in(cfg.url) or not cached.exists():
                 raise _unavailable(cfg, error) from error
             _logger.warning("The Hub cannot be reached: %s comes from %s", cfg.hf_hub_id, cached)
+            return _from_origin(cfg, cache_dir)
+        blob = path.resolve()  # the Hub's cache names large files by their SHA-256
+        if re.fullmatch("[0-9a-f]{64}", blob.name):
+            _check_digest(blob, blob.name)
+        return path
     return _from_origin(cfg, cache_dir) if _digest_in(cfg.url) else None
 
 
-def _from_hub(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path | None:
-    if cfg.hf_hub_filename:
-        return None
-    repo_id, _, revision = str(cfg.hf_hub_id).partition("@")
-    path = Path(
-        huggingface_hub.hf_hub_download(repo_id, "model.safetensors", revision=revision or None, cache_dir=cache_dir)
-    )
-    blob = path.resolve()  # the Hub's cache names large files by their SHA-256
-    if re.fullmatch("[0-9a-f]{64}", blob.name):
-        _check_digest(blob, blob.name)
-    return path
+def _from_hub(hub_id: str, cache_dir: str | Path | None) -> Path:
+    repo_id, _, revision = hub_id.partition("@")
+    return Path(hf_hub_download(repo_id, "model.safetensors", revision=revision or None, cache_dir=cache_dir))
 
 
 def _from_origin(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
@@ -114,17 +106,26 @@ def _digest_in(url: str | tuple[str, str] | None) -> str:
     return found.group(1) if found else ""
 
 
+def is_origin(path: Path, url: str | tuple[str, str] | None) -> bool:
+    """Whether a file is the one at an address, by the digest in the address."""
+    return bool(_digest_in(url)) and _sha256(path).startswith(_digest_in(url))
+
+
 def _check_digest(path: Path, digest: str) -> None:
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            sha256.update(part)
-    found = sha256.hexdigest()
+    found = _sha256(path)
     if not found.startswith(digest):
         path.unlink()
         raise RuntimeError(
             f"{path} was damaged: its SHA-256 is {found}, not {digest}. It has been removed; the next try downloads it."
         )
+
+
+def _sha256(path: Path) -> str:
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            sha256.update(part)
+    return sha256.hexdigest()
 
 
 def _unavailable(cfg: PretrainedCfg, cause: Exception) -> RuntimeError:

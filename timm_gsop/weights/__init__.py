@@ -1,6 +1,7 @@
-"""Where weights come from: conversion of released checkpoints, and blocks that start without changing a network."""
+"""Where weights come from and go to: conversion of released checkpoints, neutral starts, publishing."""
 
 from timm_gsop.pretrained.neutral_start import neutral_start
 from timm_gsop.weights.convert import convert
+from timm_gsop.weights.publish import publish, stage
 
-__all__ = ["convert", "neutral_start"]
+__all__ = ["convert", "neutral_start", "publish", "stage"]

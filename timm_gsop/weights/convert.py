@@ -7,15 +7,17 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_data_config
+from timm.models import PretrainedCfg, get_pretrained_cfg
 from timm.models.resnet import ResNet
 from torch import nn
 
 from timm_gsop.layers.checks import check_choice
 from timm_gsop.models import GsopResNet
-from timm_gsop.models.gsop_resnet import checkpoint_filter_fn
-from timm_gsop.pretrained.checkpoint import Weights, load_exactly, read_checkpoint
+from timm_gsop.models.gsop_resnet import checkpoint_filter_fn, default_cfgs
+from timm_gsop.pretrained.checkpoint import load_exactly, read_checkpoint
+from timm_gsop.pretrained.locate import is_origin
 from timm_gsop.pretrained.released import Released, from_fast_mpn_cov, from_gsop
-from timm_gsop.weights.hub_folder import save_hub_folder
+from timm_gsop.weights.hub_folder import check_new_folder, is_ours, save_hub_folder
 
 __all__ = ["SOURCES", "convert"]
 
@@ -39,7 +41,8 @@ def convert(
         checkpoint: A file; from timm, also the name of a model with pretrained weights.
         folder: Where to write; it must not exist, or be empty. Nothing is left there if anything fails.
         model_name: The network to make, where it is not the one in the checkpoint: a GSoP ResNet, whose additional
-            blocks start neutral (see :func:`timm_gsop.pretrained.neutral_start`). From timm, it is needed.
+            blocks start neutral (see :func:`timm_gsop.weights.neutral_start`). From timm, only one of our own networks
+            is saved without it, with its pretrained weights.
         model_kwargs: Arguments of the network, besides what the checkpoint shows.
 
     Returns:
@@ -50,41 +53,60 @@ def convert(
             fitted to the network.
     """
     check_choice("source", source, SOURCES)
+    check_new_folder(folder)
     given = model_kwargs or {}
-    released, data_config = _read(source, checkpoint, model_name, given)
-    model = timm.create_model(model_name or released.model_name, **{**released.model_kwargs, **given}).eval()
+    if source == "timm" and model_name is None:
+        return _save_ours(checkpoint, folder, given)
+    if source == "timm":
+        released, about = _from_timm(checkpoint, str(model_name), given)
+    else:
+        released, about = _from_file(source, Path(checkpoint), model_name, given)
+    # Not the name's default weights, whose origin and licence would be said of these.
+    name = f"{model_name or released.model_name}.untrained"
+    model = timm.create_model(name, **{**released.model_kwargs, **given}).eval()
     weights = checkpoint_filter_fn(released.weights, model) if isinstance(model, GsopResNet) else released.weights
     load_exactly(model, weights)
-    save_hub_folder(model, folder, data_config)
+    save_hub_folder(model, folder, **about)
     return model
 
 
-def _read(
-    source: str, checkpoint: str, model_name: str | None, given: dict[str, Any]
-) -> tuple[Released, dict[str, Any] | None]:
-    if source == "timm":
-        if model_name is None:
-            raise ValueError("model_name=None with source='timm'; accepted: a GSoP ResNet, gsop_resnet50_net1 for one.")
-        weights, data_config = _from_timm(checkpoint, model_name, given)
-        kwargs = dict(num_classes=weights["fc.weight"].shape[0]) if "fc.weight" in weights else {}
-        return Released(model_name, kwargs, weights), data_config
-    weights = read_checkpoint(Path(checkpoint))
+def _save_ours(name: str, folder: Path, given: dict[str, Any]) -> nn.Module:
+    """Save one of our networks with its pretrained weights."""
+    cfg = get_pretrained_cfg(name) if is_ours(name) else None
+    if cfg is None or not cfg.has_weights:
+        raise ValueError(
+            f"model_name=None with source='timm', checkpoint={name!r}; accepted: a GSoP ResNet, gsop_resnet50_net1 for "
+            "one, or as checkpoint one of our networks that has pretrained weights."
+        )
+    model = timm.create_model(name, pretrained=True, **given).eval()
+    save_hub_folder(model, folder, provenance=cfg)
+    return model
+
+
+def _from_file(
+    source: str, path: Path, model_name: str | None, given: dict[str, Any]
+) -> tuple[Released, dict[str, Any]]:
+    weights = read_checkpoint(path)
     if source == "gsop":
-        return from_gsop(weights, given.get("gsop_type")), None
-    return from_fast_mpn_cov(weights)._replace(weights=weights), None  # by their names: the filter renames
+        return from_gsop(weights, given.get("gsop_type")), {}
+    released = from_fast_mpn_cov(weights)._replace(weights=weights)  # by their names: the filter renames
+    cfgs = default_cfgs[model_name or released.model_name].cfgs if not given else {}
+    known = (cfg for cfg in cfgs.values() if is_origin(path, cfg.url))
+    return released, dict(provenance=next(known, None))
 
 
-def _from_timm(checkpoint: str, model_name: str, given: dict[str, Any]) -> tuple[Weights, dict[str, Any] | None]:
+def _from_timm(checkpoint: str, model_name: str, given: dict[str, Any]) -> tuple[Released, dict[str, Any]]:
     stride = 32
-    data_config = None
+    about: dict[str, Any] = {}
     if Path(checkpoint).is_file():
         weights = read_checkpoint(Path(checkpoint))
     elif timm.is_model(checkpoint.partition(".")[0]):
         origin = timm.create_model(checkpoint, pretrained=True)
         if not isinstance(origin, ResNet):
             raise ValueError(f"checkpoint={checkpoint!r} is no ResNet; accepted: ResNets of timm.")
-        weights, data_config = origin.state_dict(), resolve_data_config(model=origin)
+        weights = origin.state_dict()
         stride = origin.feature_info[-1]["reduction"]
+        about = dict(data_config=resolve_data_config(model=origin), provenance=_built_upon(origin, model_name))
     else:
         raise ValueError(f"checkpoint={checkpoint!r} is neither a file nor a model of timm.")
     with torch.device("meta"):
@@ -96,4 +118,17 @@ def _from_timm(checkpoint: str, model_name: str, given: dict[str, Any]) -> tuple
             "own network at output_stride=16.",
             model_name,
         )
-    return weights, data_config
+    kwargs = dict(num_classes=weights["fc.weight"].shape[0]) if "fc.weight" in weights else {}
+    return Released(model_name, kwargs, weights), about
+
+
+def _built_upon(origin: ResNet, model_name: str) -> PretrainedCfg:
+    cfg = origin.pretrained_cfg
+    name = f"{cfg['architecture']}.{cfg['tag']}"
+    return PretrainedCfg(
+        architecture=model_name,
+        tag=cfg["tag"],
+        description=f"timm's {name}, with GSoP blocks that are untrained.",
+        license=cfg.get("license"),
+        origin_url=f"https://huggingface.co/timm/{name}",
+    )

@@ -3,16 +3,58 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import timm
+import torch
 from timm.data import ImageNetInfo
-from timm.models import save_for_hf
+from timm.models import PretrainedCfg, save_for_hf
 from torch import nn
 
-__all__ = ["save_hub_folder"]
+__all__ = ["HubFolder", "check_hub_folder", "check_new_folder", "is_ours", "save_hub_folder"]
+
+NEEDED = ("config.json", "model.safetensors")
+OF_TRAINING = ("args.yaml", "summary.csv")
+"""What timm's train.py leaves beside its checkpoints: the recipe, and the figures of every epoch."""
+GENERATED = ("README.md", "architecture.png")
+"""What publishing adds; a folder that was downloaded from the Hub has it too, and it is made anew."""
 
 
-def save_hub_folder(model: nn.Module, folder: Path, data_config: dict[str, Any] | None = None) -> None:
+class HubFolder(NamedTuple):
+    """A folder that was checked.
+
+    Attributes:
+        path: The folder.
+        config: Content of its config.json.
+        model: The model that it holds, in evaluation.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    model: Any
+
+    @property
+    def files(self) -> list[Path]:
+        """What is published of it."""
+        return [self.path / name for name in (*NEEDED, *OF_TRAINING) if (self.path / name).exists()]
+
+
+def check_new_folder(folder: Path) -> None:
+    """Make sure that nothing is overwritten.
+
+    Raises:
+        ValueError: If the folder has something in it already.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder={str(folder)!r} has something in it already; accepted: a new or empty folder.")
+
+
+def save_hub_folder(
+    model: nn.Module,
+    folder: Path,
+    data_config: dict[str, Any] | None = None,
+    provenance: PretrainedCfg | None = None,
+) -> None:
     """Write a model so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` restores it, or write nothing.
 
     Models of 1 000 classes get ImageNet-1k's label names, from timm.
@@ -21,17 +63,26 @@ def save_hub_folder(model: nn.Module, folder: Path, data_config: dict[str, Any] 
         model: A model that ``timm.create_model`` made, which records its arguments.
         folder: The folder; it must not exist, or be empty.
         data_config: Preprocessing, where it is not the model's default.
+        provenance: Where the weights come from, if it is known. It stands apart from the model's own configuration,
+            which timm hands on to whatever is trained later.
 
     Raises:
         ValueError: If the folder has something in it already.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder={str(folder)!r} has something in it already; accepted: a new or empty folder.")
+    check_new_folder(folder)
     config: dict[str, Any] = {}
     if model.num_classes == 1000:
         imagenet = ImageNetInfo("imagenet-1k")
         descriptions = imagenet.label_descriptions(as_dict=True)
         config = dict(label_names=imagenet.label_names(), label_descriptions=descriptions)
+    if provenance is not None:
+        config["provenance"] = dict(
+            name=f"{provenance.architecture}.{provenance.tag}",
+            description=provenance.description,
+            license=provenance.license,
+            origin_url=provenance.origin_url,
+            notes=provenance.notes,
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
         complete = Path(partial) / "complete"
@@ -45,3 +96,62 @@ def _drop_num_classes(path: Path) -> None:
     config = json.loads(path.read_text())
     config.get("model_args", {}).pop("num_classes", None)
     path.write_text(json.dumps(config, indent=2))
+
+
+def check_hub_folder(folder: Path) -> HubFolder:
+    """Load a folder as its users will, run the model, and see that its parts agree.
+
+    Args:
+        folder: As :func:`save_hub_folder` or timm's ``save_for_hf`` writes it; timm's train.py's ``args.yaml`` and
+            ``summary.csv`` may be there too.
+
+    Raises:
+        ValueError: Naming what is wrong: a file that is missing, or unknown, as pickles are; a network that is not
+            ours; weights that do not fit it, or are not finite; label names of another number than classes.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"folder={str(folder)!r} is not a folder.")
+    names = {path.name for path in folder.iterdir()}
+    if missing := set(NEEDED) - names:
+        raise ValueError(f"{folder} has no {', '.join(sorted(missing))}; accepted: what hub/convert.py writes.")
+    if unknown := names - {*NEEDED, *OF_TRAINING, *GENERATED}:
+        known = ", ".join((*NEEDED, *OF_TRAINING))
+        raise ValueError(f"{folder} has {', '.join(sorted(unknown))}; accepted: {known}, and no pickles.")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        architecture, num_classes = config["architecture"], config["num_classes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} cannot be read: {type(error).__name__}: {error}") from error
+    if not is_ours(architecture):
+        raise ValueError(f"architecture={architecture!r} in config.json is none of timm-gsop's; accepted: those.")
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except Exception as error:  # safetensors', PyTorch's, timm's: each means that the folder is no model
+        message = str(error).strip().replace("\n\t", " ").splitlines()
+        raise ValueError(f"{folder} does not load: {type(error).__name__}: {' '.join(message[:2])[:500]}") from error
+    if infinite := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
+        raise ValueError(f"The weights are not finite: {', '.join(infinite[:5])}.")
+    with torch.inference_mode():
+        logits = model(torch.randn(1, *model.pretrained_cfg["input_size"]))
+    if logits.shape != (1, num_classes) or not logits.isfinite().all():
+        raise ValueError(
+            f"The model's output is {tuple(logits.shape)}, and config.json says num_classes={num_classes}; accepted: "
+            "finite logits, one a class."
+        )
+    _check_labels(config, num_classes)
+    return HubFolder(folder, config, model)
+
+
+def is_ours(model_name: str) -> bool:
+    """Whether a name, with or without a tag, is that of a network of this package."""
+    name = model_name.partition(".")[0]
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("timm_gsop.")
+
+
+def _check_labels(config: dict[str, Any], num_classes: int) -> None:
+    names = config.get("label_names", config.get("pretrained_cfg", {}).get("label_names"))
+    if names is not None and len(set(names)) != num_classes:
+        found = len(set(names))
+        raise ValueError(f"label_names in config.json are {found} different ones; accepted: {num_classes}, as classes.")
+    if strangers := sorted(set(config.get("label_descriptions", {})) - set(names or ())):
+        raise ValueError(f"label_descriptions in config.json has {strangers[0]!r}, which is not among label_names.")

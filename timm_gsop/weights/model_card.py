@@ -1,0 +1,160 @@
+"""The model card: README.md of a repository on the Hugging Face Hub."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCardData
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_gsop.weights.hub_folder import HubFolder
+
+__all__ = ["model_card"]
+
+HUB_DATASETS = {"ImageNet-1k": "ILSVRC/imagenet-1k", "Fashion-MNIST": "zalando-datasets/fashion_mnist"}
+RECIPE = (
+    *("dataset", "epochs", "batch_size", "input_size", "opt", "lr", "momentum", "weight_decay", "sched"),
+    *("warmup_epochs", "smoothing", "mixup", "cutmix", "aa", "reprob", "drop", "drop_path"),
+    *("model_ema", "amp", "amp_dtype", "seed"),
+)
+"""What of train.py's arguments the card shows; all of them stand in args.yaml."""
+
+CITATIONS = """\
+@inproceedings{gao2019global,
+  title     = {Global Second-order Pooling Convolutional Networks},
+  author    = {Gao, Zilin and Xie, Jiangtao and Wang, Qilong and Li, Peihua},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year      = {2019}
+}
+@inproceedings{li2018towards,
+  title     = {Towards Faster Training of Global Covariance Pooling Networks by Iterative Matrix Square Root
+               Normalization},
+  author    = {Li, Peihua and Xie, Jiangtao and Wang, Qilong and Gao, Zilin},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year      = {2018}
+}"""
+
+
+def model_card(folder: HubFolder, repo_id: str, figure: str | None = None, license: str | None = None) -> str:
+    """Write the card from what is known: config.json, and what timm's train.py left.
+
+    Args:
+        folder: A checked folder.
+        repo_id: The repository, ORG/NAME.
+        figure: Name of the architecture's picture in the repository.
+        license: Identifier of the weights' licence; None for the one that the folder states, if it does.
+
+    Returns:
+        Markdown with the Hub's YAML header.
+    """
+    provenance = folder.config.get("provenance", {})
+    notes = [note.partition(": ")[::2] for note in provenance.get("notes") or ()]
+    data = [text for kind, text in notes if kind == "data"]
+    recipe = [*(text for kind, text in notes if kind == "recipe"), *_recipe(folder.path)]
+    metrics = [f"**{kind}**: {text}" for kind, text in notes if kind in ("measured", "reported")]
+    results = [*metrics, *_results(folder.path)]
+    license = license or provenance.get("license")
+    header = ModelCardData(
+        license=license,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "timm-gsop", "second-order-pooling"],
+        datasets=[HUB_DATASETS[name] for name in data if name in HUB_DATASETS] or None,
+    )
+    architecture = folder.config["architecture"]
+    entrypoint = timm.model_entrypoint(architecture)
+    what = (entrypoint.__doc__ or architecture).splitlines()[0]
+    size = tuple(folder.model.pretrained_cfg["input_size"])
+    facts = {
+        "Architecture": f"`{architecture}`: {what}",
+        "Weights": provenance.get("description"),
+        "Origin": provenance.get("origin_url"),
+        "Parameters": f"{sum(p.numel() for p in folder.model.parameters()) / 1e6:.2f} M (measured)",
+        "Multiply-accumulates": f"{_macs(folder.model, size) / 1e9:.2f} G for one image of {_times(size)} (measured)",
+        "Classes": folder.config["num_classes"],
+        "Licence": license or "not stated",
+    }
+    sections = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# {repo_id.partition('/')[2]}",
+        "A network with global second-order pooling (GSoP, CVPR 2019), for timm with the package timm-gsop.",
+        f"![Architecture]({figure})" if figure else "",
+        _bullets(f"**{name}**: {value}" for name, value in facts.items() if value not in (None, "")),
+        _section("Training data and recipe", [*data, *recipe]),
+        _section("Results", results),
+        _usage(repo_id, folder.config),
+        f"## Citation\n\n```bibtex\n{CITATIONS}\n```",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _macs(model: nn.Module, size: tuple[int, ...]) -> int:
+    """Multiply-accumulates of one image, as PyTorch's ``FlopCounterMode`` counts them, two operations each."""
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *size))
+    return counter.get_total_flops() // 2
+
+
+def _recipe(path: Path) -> list[str]:
+    if not (path / "args.yaml").exists():
+        return []
+    given = yaml.safe_load((path / "args.yaml").read_text())
+    shown = [f"`{name}: {given[name]}`" for name in RECIPE if given.get(name) not in (None, "", False, 0, 0.0)]
+    return [f"timm's `train.py -c args.yaml`: {', '.join(shown)}"]
+
+
+def _results(path: Path) -> list[str]:
+    if not (path / "summary.csv").exists():
+        return []
+    with (path / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or "eval_top1" not in rows[-1]:
+        return []
+    best = max(rows, key=lambda row: float(row["eval_top1"]))
+    return [
+        f"**measured**: top-1 {float(row['eval_top1']):.2f} % after epoch {row['epoch']}, the {which}, on the recipe's "
+        "validation split, by timm's `train.py -c args.yaml` (`summary.csv`)"
+        for which, row in {"last": rows[-1], "best": best}.items()
+    ]
+
+
+def _usage(repo_id: str, config: dict[str, Any]) -> str:
+    return f"""## Use
+
+```
+pip install timm-gsop
+```
+
+Without the package, timm and transformers do not know `{config["architecture"]}`, and upgrading them does not help.
+
+```python
+import timm
+from PIL import Image
+
+model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+probabilities = model(transform(Image.open("image.jpg").convert("RGB"))[None]).softmax(dim=1)
+```
+
+Feature maps of every stage:
+
+```python
+backbone = timm.create_model("hf-hub:{repo_id}", pretrained=True, features_only=True)
+```"""
+
+
+def _section(title: str, lines: list[str]) -> str:
+    return f"## {title}\n\n{_bullets(lines)}" if lines else ""
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _times(size: tuple[int, ...]) -> str:
+    return "×".join(map(str, size))
