@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, create_conv2d
+from timm.layers import BatchNormAct2d, create_attn, create_conv2d
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
@@ -50,6 +50,8 @@ class GsopPreActResNet(GlobalPoolMixin, ResNetV2):
         isqrt_dim: Channels after reduction in covariance pooling.
         isqrt_iters: Newton–Schulz iterations in ``"isqrt"`` pooling.
         flavor: ``"paper"``; there is no other.
+        attn_layer: One of timm's attention layers, ``"se"`` for one, at the end of every bottleneck's residual branch:
+            the networks that the paper compares with. None for none.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth.
         zero_init_last: Start every bottleneck as the identity.
@@ -74,6 +76,7 @@ class GsopPreActResNet(GlobalPoolMixin, ResNetV2):
         isqrt_dim: int = 128,
         isqrt_iters: int = 5,
         flavor: str = "paper",
+        attn_layer: str | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         zero_init_last: bool = False,
@@ -102,6 +105,8 @@ class GsopPreActResNet(GlobalPoolMixin, ResNetV2):
             **dd,
         )
         del self.head  # ours is pooling and classifier, as in ResNet
+        if attn_layer is not None:
+            self._add_attention(attn_layer, **dd)
         self._replace_stem(**dd)
         if last_stride == 1:
             remove_stride(self.stages[2].blocks[0])
@@ -127,6 +132,18 @@ class GsopPreActResNet(GlobalPoolMixin, ResNetV2):
         conv = create_conv2d(self.in_chans, self.feature_info[0]["num_chs"], kernel_size=3, **dd)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as timm's ResNetV2
         self.stem = nn.Sequential(OrderedDict(conv=conv))
+
+    def _add_attention(self, attn_layer: str, **dd: Any) -> None:
+        for stage, info in zip(self.stages, self.feature_info[1:], strict=True):
+            for bottleneck in stage.blocks:
+                try:
+                    attention = create_attn(attn_layer, info["num_chs"], **dd)
+                except AssertionError as error:
+                    raise ValueError(
+                        f"attn_layer={attn_layer!r} is not accepted; accepted: timm's, 'se' for one."
+                    ) from error
+                # What a bottleneck does last, before it adds its shortcut, it calls drop_path.
+                bottleneck.drop_path = nn.Sequential(OrderedDict(attn=attention, drop_path=bottleneck.drop_path))
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
