@@ -23,6 +23,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed, update_summary
 from tqdm import tqdm
 
+from timm_gsop.viz import plot_errors, read_summary
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the choice of a backend that needs no screen
 
@@ -77,7 +79,7 @@ def validate(model: torch.nn.Module, data_config: dict) -> dict[str, float]:
 def train(output: Path, epochs: int) -> None:
     """Train, keep the best epoch, save it in ``output/model``."""
     random_seed(0)
-    model = timm.create_model("gsop_preresnet20_net2", num_classes=10, in_chans=1)
+    model = timm.create_model("gsop_preresnet20_net2.untrained", num_classes=10, in_chans=1)
     data_config = resolve_data_config(DATA, model=model)
     optimizer = create_optimizer_v2(model, "adamw", lr=3e-3, weight_decay=0.05)
     batches = loader(train=True, data_config=data_config)
@@ -139,13 +141,8 @@ def plot(model: torch.nn.Module, data_config: dict, output: Path) -> None:
         axes[i].imshow(digits.image(i), cmap="gray_r")
         axes[i].set_title(f"{name}, {100 * confidence[i]:.0f} %", color="black" if right else "crimson", fontsize=10)
         axes[i].axis("off")
-    rows = [line.split(",") for line in (output / "summary.csv").read_text().split()]
-    column = rows[0].index("eval_top1")
-    errors = [100 - float(row[column]) for row in rows[1:]]
-    axes["curve"].plot(range(1, len(errors) + 1), errors, marker="o")
-    axes["curve"].set(xlabel="epoch", ylabel="validation error (%)", title="gsop_preresnet20_net2 on digits")
+    plot_errors(axes["curve"], {"gsop_preresnet20_net2 on digits": read_summary(output / "summary.csv")})
     axes["curve"].set_ylim(bottom=0)
-    axes["curve"].grid(alpha=0.3)
     figure.savefig(output / "quickstart.png", dpi=120)
 
 

@@ -11,12 +11,13 @@ FILES = sorted((ROOT / "timm_gsop").rglob("*.py"))
 # Each part of the package, and the parts that it may import.
 ALLOWED = {
     "__init__": {"insert", "layers", "models"},
+    "data": {"layers"},
     "evaluation_mode": set(),
     "insert": {"evaluation_mode", "layers"},
     "layers": {"layers"},
     "models": {"insert", "layers", "models", "pretrained"},
     "pretrained": {"layers", "pretrained"},
-    "viz": {"evaluation_mode", "layers"},
+    "viz": {"evaluation_mode", "layers", "viz"},
     "weights": {"layers", "models", "pretrained", "weights"},
 }
 

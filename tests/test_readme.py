@@ -16,7 +16,7 @@ def test_python_examples(tmp_path, monkeypatch):
     examples = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(examples) >= 4
     monkeypatch.chdir(tmp_path)  # with the folder that make quickstart leaves
-    model = timm.create_model("gsop_preresnet20_net2", num_classes=10, in_chans=1)
+    model = timm.create_model("gsop_preresnet20_net2.untrained", num_classes=10, in_chans=1)
     timm.models.save_for_hf(model, "output/quickstart/model", safe_serialization=True)
     names: dict[str, object] = {}
     for example in examples:

@@ -10,7 +10,9 @@ from torch import nn
 
 from timm_gsop import ChannelGsop, covariance_pool, newton_schulz_sqrt
 from timm_gsop.layers import FLAVORS, GSOP_TYPES
-from timm_gsop.viz import MAX_ROWS, draw, main, record
+from timm_gsop.viz import draw, record
+from timm_gsop.viz.__main__ import main
+from timm_gsop.viz.blocks import MAX_ROWS
 
 NARROW = dict(channels=(16, 32, 64, 128), num_classes=5, cov_dim=8, isqrt_dim=6, spatial_size=3)
 

@@ -1,6 +1,7 @@
 """The recipes behind the YAML files of this folder: python train_configs/recipes.py writes them.
 
-Settings are arguments of timm's train.py. A run is a recipe and what it has besides; its comment says what it reproduces.
+Settings are arguments of timm's train.py. A run is a recipe and what it has besides; its comment says what it
+reproduces.
 """
 
 from pathlib import Path
@@ -24,8 +25,13 @@ class Run(NamedTuple):
     settings: Settings
 
 
-# train.py passes its own dropout, 0, to every model, and would turn off that of the CIFAR family's networks with covariance
-# pooling: their runs say it.
+def after(*epochs: int) -> list[int]:
+    """Milestones with which the rate falls after so many epochs: timm's multistep lets it fall one epoch before."""
+    return [epoch + 1 for epoch in epochs]
+
+
+# train.py passes its own dropout, 0, to every model, and would turn off that of the CIFAR family's networks with
+# covariance pooling: their runs say it.
 ALL: Settings = dict(device_modules=["timm_gsop"], workers=8, pin_mem=True, checkpoint_hist=2)
 
 # timm's "momentum" is SGD without Nesterov; weight decay is on every parameter, as in PyTorch's SGD.
@@ -54,8 +60,8 @@ IMAGENET_PAPER: Settings = dict(
 IMAGENET_RELEASED: Settings = dict(
     **IMAGENET, **SGD, batch_size=256, lr=0.1, sched="multistep", decay_rate=0.1, warmup_epochs=0
 )
-RELEASED_NET1: Settings = dict(epochs=95, decay_milestones=[30, 60, 90])
-RELEASED_NET2: Settings = dict(epochs=65, decay_milestones=[30, 45, 60])
+RELEASED_NET1: Settings = dict(epochs=95, decay_milestones=after(30, 60, 90))
+RELEASED_NET2: Settings = dict(epochs=65, decay_milestones=after(30, 45, 60))
 FAST: Settings = dict(amp=True, amp_dtype="bfloat16", channels_last=True, torchcompile="inductor")
 STRIKES_BACK: Settings = dict(
     **ALL,
@@ -97,8 +103,8 @@ A1: Settings = dict(
 )
 
 PAPER = (
-    "The paper's recipe (section 4: SGD, batch 160 in all, lr 0.1 divided by 10 every 30 epochs, 100 epochs; weight decay "
-    "of the released code)."
+    "The paper's recipe (section 4: SGD, batch 160 in all, lr 0.1 divided by 10 every 30 epochs, 100 epochs; weight "
+    "decay of the released code)."
 )
 RELEASED = (
     "The released code's recipe and networks (flavor official): SGD, batch 256 in all, lr 0.1, weight decay 1e-4, "
@@ -132,9 +138,8 @@ def imagenet_1k() -> dict[str, Run]:
     for depth in (50, 101):
         for net, schedule in ((1, RELEASED_NET1), (2, RELEASED_NET2)):
             name = f"gsop_resnet{depth}_net{net}"
-            epochs = (
-                f"{schedule['epochs']} epochs, lr divided by 10 at {', '.join(map(str, schedule['decay_milestones']))}."
-            )
+            falls = ", ".join(str(milestone - 1) for milestone in schedule["decay_milestones"])
+            epochs = f"{schedule['epochs']} epochs, lr divided by 10 after {falls}."
             comment = f"GSoP-Net{net} on ResNet-{depth}, ImageNet-1k. {RELEASED}{epochs}"
             if (depth, net) == (50, 1):
                 comment += " Error reported by its authors' README: 22.02 / 5.88 % (top-1 / top-5)."
@@ -226,7 +231,7 @@ def cifar100() -> dict[str, Run]:
         lr=0.25,
         epochs=110,
         sched="multistep",
-        decay_milestones=[60, 90],
+        decay_milestones=after(60, 90),
         decay_rate=0.1,
         warmup_epochs=0,
     )
@@ -239,9 +244,9 @@ def cifar100() -> dict[str, Run]:
         "gsop_preresnet164_net2": ("gsop_preresnet164_net2", dict(drop=0.5), "GSoP-Net2", "18.58"),
     }
     recipe = (
-        "The paper's recipe (SGD, batch 128, weight decay 1e-4, lr 0.25 divided by 10 twice, 110 epochs). The two epochs are "
-        "lost from its text: 60 and 90 here. timm has no shift by padding: images are shrunk or enlarged, then cropped "
-        "or padded at random."
+        "The paper's recipe (SGD, batch 128, weight decay 1e-4, lr 0.25 divided by 10 twice, 110 epochs). The two "
+        "epochs are lost from its text: 60 and 90 here. timm has no shift by padding: images are shrunk or enlarged, "
+        "then cropped or padded at random."
     )
     runs = {}
     for name, (model, settings, what, error) in rows.items():
@@ -321,9 +326,9 @@ def fine_tune() -> dict[str, Run]:
         **dict(epochs=50, sched="cosine", warmup_epochs=2, smoothing=0.1, amp=True, amp_dtype="bfloat16"),
     }
     comment = (
-        "Fine-grained classification (200 classes, as CUB-200), 448 px, from pretrained weights. The new classifier learns with "
-        "lr 0.05, each layer before it with 0.7 times the rate of the next: down to 1e-4 and less. Our own recipe, not "
-        "measured."
+        "Fine-grained classification (200 classes, as CUB-200), 448 px, from pretrained weights. The new classifier "
+        "learns with lr 0.05, each layer before it with 0.7 times the rate of the next: down to 1e-4 and less. Our own "
+        "recipe, not measured."
     )
     return {"fine_tune/gsop_resnet50_net2": Run(comment, settings)}
 

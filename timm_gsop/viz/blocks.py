@@ -1,7 +1,4 @@
-"""Pictures of what GSoP blocks and covariance pooling make of an image.
-
-``python -m timm_gsop.viz MODEL IMAGE OUT.png``; needs matplotlib: ``pip install timm-gsop[demo]``.
-"""
+"""Pictures of what GSoP blocks and covariance pooling make of an image: python -m timm_gsop.viz MODEL IMAGE OUT.png."""
 
 import argparse
 from collections.abc import Sequence
@@ -20,6 +17,7 @@ from torch import nn
 
 from timm_gsop.evaluation_mode import evaluation_mode
 from timm_gsop.layers import ChannelGsop, IsqrtCovPool2d, MpnCovPool2d, PositionGsop
+from timm_gsop.viz.figure import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,16 +106,11 @@ def draw(records: Sequence[Record], image: Image.Image, title: str = "") -> "Fig
     Raises:
         ModuleNotFoundError: Without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error}; pip install timm-gsop[demo] brings it", name=error.name) from error
-
     if len(records) > MAX_ROWS:
         title += f"\n{MAX_ROWS} of {len(records)} layers"
         last = len(records) - 1
         records = [records[round(i * last / (MAX_ROWS - 1))] for i in range(MAX_ROWS)]
-    figure = Figure(figsize=(9, 2.5 * (len(records) + 1)), layout="constrained")
+    figure = new_figure(9, 2.5 * (len(records) + 1))
     axes = figure.subplots(len(records) + 1, 3, width_ratios=(1.5, 1, 1), squeeze=False)
     axes[0, 0].imshow(image.convert("RGB"))
     axes[0, 0].set_title("image", fontsize=9)
@@ -173,7 +166,7 @@ def _draw_matrix(ax: Any, matrix: torch.Tensor, title: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line, see the module's text."""
+    """The command line: ``MODEL IMAGE OUT.png``."""
     parser = argparse.ArgumentParser(prog="python -m timm_gsop.viz", description=__doc__)
     parser.add_argument("model", help="name of a model, or local-dir:FOLDER, or hf-hub:REPOSITORY")
     parser.add_argument("image", type=Path)
@@ -206,14 +199,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         figure = draw(record(model, x), image, title=args.model if trained else f"{args.model}, untrained")
     except (ModuleNotFoundError, OSError, RuntimeError, ValueError) as error:
         parser.error(str(error))
-    partial = args.out.with_name(f".{args.out.name}.partial")
     try:
-        figure.savefig(partial, format=args.out.suffix[1:] or "png", dpi=80)
-        partial.replace(args.out)
+        save_figure(figure, args.out)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    finally:
-        partial.unlink(missing_ok=True)
     print(f"wrote {args.out}")
 
 
@@ -249,7 +238,3 @@ def _load(path: Path, model: nn.Module, size: int | None = None) -> tuple[Image.
     for step in normalize:
         x = step(x)
     return image, x.unsqueeze(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,142 @@
+"""What came of train_configs/fashion_mnist: python -m benchmarks.fashion_mnist [--runs OUTPUT] [--ship].
+
+``--runs`` is the folder that timm's train.py wrote, a sub-folder ``RECIPE-SEED`` a run; its summaries are kept in
+benchmarks/results/fashion_mnist. ``--ship`` puts the better seed of the two GSoP networks into the package, and what
+they answer to the stored test images beside them. The table of docs/results.md is written each time.
+"""
+
+import argparse
+import csv
+import re
+import shutil
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+import yaml
+from timm.models import adapt_input_conv, load_state_dict
+
+from benchmarks.cost import Cost, measure
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/fashion_mnist"
+RECIPES = ROOT / "train_configs/fashion_mnist"
+PAGE = ROOT / "docs/results.md"
+SAMPLE = ROOT / "tests/data/fashion_mnist_test.npz"
+SHIPPED = ROOT / "timm_gsop/pretrained/shipped"
+NETWORKS = {
+    "preresnet20": "vanilla",
+    "preresnet20_stride1": "vanilla, no down-sampling in the last stage",
+    "preresnet20_se": "SE",
+    "preresnet20_isqrt": "iSQRT-COV",
+    "gsop_preresnet20_net1": "GSoP-Net1",
+    "gsop_preresnet20_net2": "GSoP-Net2",
+}
+SHIP = ("gsop_preresnet20_net1", "gsop_preresnet20_net2")
+
+
+class Result(NamedTuple):
+    """Runs of a recipe, in the order of their seeds: top-1 (%) on the test images after the last epoch."""
+
+    recipe: str
+    top1: dict[int, float]
+
+
+def results() -> list[Result]:
+    """What is kept of the runs."""
+    found = []
+    for recipe in NETWORKS:
+        paths = {int(path.stem.rpartition("-")[2]): path for path in RESULTS.glob(f"{recipe}-*.csv")}
+        if paths:
+            found.append(Result(recipe, {seed: last_top1(paths[seed]) for seed in sorted(paths)}))
+    return found
+
+
+def last_top1(summary: Path) -> float:
+    """The last epoch's, which no choice by the test images has favoured."""
+    with summary.open(newline="") as file:
+        return float(list(csv.DictReader(file))[-1]["eval_top1"])
+
+
+def cost(recipe: str) -> Cost:
+    """Parameters and multiply-accumulates of a recipe's network."""
+    settings = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
+    pool = {"global_pool": settings["gp"]} if "gp" in settings else {}
+    overlay = dict(input_size=tuple(settings["input_size"]), num_classes=10)
+    return measure(
+        f"{settings['model']}.untrained", pretrained_cfg_overlay=overlay, **settings.get("model_kwargs", {}), **pool
+    )
+
+
+def table() -> str:
+    """Markdown: every run, mean and spread."""
+    lines = [
+        "| network | parameters (M) | MMACs | top-1 (%) of each seed | mean | spread |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in results():
+        params, macs = cost(result.recipe)
+        each = ", ".join(f"{top1:.2f}" for top1 in result.top1.values())
+        values = list(result.top1.values())
+        spread = f"{max(values) - min(values):.2f}"
+        name = f"[{NETWORKS[result.recipe]}](../train_configs/fashion_mnist/{result.recipe}.yaml)"
+        figures = f"{params / 1e6:.3f} | {macs / 1e6:.1f} | {each} | {mean(values):.2f} | {spread}"
+        lines.append(f"| {name} | {figures} |")
+    return "\n".join(lines)
+
+
+def keep(runs: Path) -> None:
+    """Copy the summaries of complete runs."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for recipe in NETWORKS:
+        epochs = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())["epochs"]
+        for summary in sorted(runs.glob(f"{recipe}-[0-9]*/summary.csv")):
+            if len(summary.read_text().splitlines()) == epochs + 1:
+                shutil.copyfile(summary, RESULTS / f"{summary.parent.name}.csv")
+
+
+@torch.inference_mode()
+def ship(runs: Path, recipe: str) -> None:
+    """Put the better seed's weights into the package, and its answers to the stored test images beside them."""
+    (result,) = (result for result in results() if result.recipe == recipe)
+    seed = max(result.top1, key=result.top1.__getitem__)
+    weights = load_state_dict(str(runs / f"{recipe}-{seed}/last.pth.tar"), use_ema=False)
+    weights["stem.conv.weight"] = adapt_input_conv(3, weights["stem.conv.weight"], base_chans=1)
+    model = timm.create_model(f"{recipe}.untrained", num_classes=10).eval()
+    model.load_state_dict(weights)
+    safetensors.torch.save_file(model.state_dict(), SHIPPED / f"{recipe}.fashion_mnist.safetensors")
+    logits = model(sample()[0])
+    safetensors.torch.save_file({"logits": logits}, SHIPPED / f"{recipe}.fashion_mnist.golden.safetensors")
+
+
+def sample() -> tuple[torch.Tensor, torch.Tensor]:
+    """The stored test images, normalized, (B, 3, 28, 28), and their labels."""
+    stored = np.load(SAMPLE)
+    images = torch.tensor(stored["images"], dtype=torch.float32).div(255).sub(0.286).div(0.353)
+    return images[:, None].expand(-1, 3, -1, -1), torch.tensor(stored["labels"], dtype=torch.long)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, help="what train.py wrote")
+    parser.add_argument("--ship", action="store_true", help="put the better seeds into the package")
+    args = parser.parse_args()
+    if args.ship and not args.runs:
+        parser.error("--ship needs --runs")
+    if args.runs:
+        keep(args.runs)
+    if args.ship:
+        for recipe in SHIP:
+            ship(args.runs, recipe)
+    page = re.sub(r"(?s)(?<=<!-- table -->\n).*?(?=\n<!-- end -->)", lambda _: table(), PAGE.read_text())
+    PAGE.write_text(page)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Two processes with synchronized batch normalization make the step of one process with both batches."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+NARROW = dict(channels=(8, 16, 24, 32), cov_dim=6, isqrt_dim=5, num_classes=4)
+NETWORKS = {
+    "gsop_resnet26_net1": dict(NARROW),
+    "gsop_resnet26_net2": dict(NARROW, gsop_type="concat", spatial_size=3),
+    "gsop_preresnet20_net2": dict(cov_dim=6, isqrt_dim=5, num_classes=4, drop_rate=0.0),
+}
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(8, 3, 48, 48, generator=generator, dtype=torch.float64), torch.arange(8) % 4
+
+
+def step(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), target).backward()
+        optimizer.step()
+
+
+def create(model_name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(f"{model_name}.untrained", **NETWORKS[model_name]).double().train()
+
+
+def one_of_two(model_name: str, path: str) -> None:
+    """What each process does."""
+    import torch.distributed as dist
+    from timm.layers import convert_sync_batchnorm
+
+    from tests.cpu_distributed import DistributedDataParallel
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    model = convert_sync_batchnorm(create(model_name))
+    plain = [name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    assert not plain, plain
+    parallel = DistributedDataParallel(model)
+    x, target = data()
+    step(parallel, x[4 * rank : 4 * rank + 4], target[4 * rank : 4 * rank + 4])
+    if rank == 0:
+        torch.save(model.state_dict(), path)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("model_name", NETWORKS)
+def test_two_processes_make_the_step_of_one(model_name, tmp_path):
+    program = (
+        f"from tests.test_distributed import one_of_two; one_of_two({model_name!r}, {str(tmp_path / 'two.pth')!r})"
+    )
+    (tmp_path / "program.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); {program}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, tmp_path / "program.py"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    alone = create(model_name)
+    before = {name: value.clone() for name, value in alone.state_dict().items()}
+    step(alone, *data())
+    together = torch.load(tmp_path / "two.pth", weights_only=True)
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(together[name], value, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+    moved = [name for name, value in alone.named_parameters() if not torch.equal(value, before[name])]
+    assert any("cov_bn.weight" in name for name in moved)

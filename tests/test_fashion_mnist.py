@@ -1,0 +1,104 @@
+"""The weights that ship: what they answer to real test images, and the results that docs/results.md shows."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+
+from benchmarks.fashion_mnist import PAGE, SHIP, SHIPPED, results, sample, table
+from timm_gsop.weights import convert, stage
+
+ROOT = Path(__file__).parents[1]
+# Of the 500 stored ones, which are the first of the test set; of all 10 000 the configuration tells.
+TOP1 = {"gsop_preresnet20_net1": 93.2, "gsop_preresnet20_net2": 93.6}
+
+
+@pytest.mark.parametrize("name", SHIP)
+def test_answers_to_real_images(name):
+    """The golden logits, and with them the accuracy."""
+    model = timm.create_model(name, pretrained=True).eval()
+    images, labels = sample()
+    with torch.inference_mode():
+        logits = model(images)
+    golden = safetensors.torch.load_file(SHIPPED / f"{name}.fashion_mnist.golden.safetensors")["logits"]
+    torch.testing.assert_close(logits, golden, rtol=1e-3, atol=1e-3)
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
+    assert 100 * accuracy == pytest.approx(TOP1[name], abs=0.21)  # one image may stand on the border
+
+
+@pytest.mark.parametrize("name", SHIP)
+def test_works_offline_and_on_grey_images(name, tmp_path):
+    """In a fresh process without import and network; one channel is three equal ones."""
+    code = f"""
+import json, timm, torch
+from tests.test_fashion_mnist import sample
+model = timm.create_model("{name}", pretrained=True).eval()
+grey = timm.create_model("{name}.fashion_mnist", pretrained=True, in_chans=1).eval()
+images = sample()[0][:8]
+with torch.inference_mode():
+    torch.testing.assert_close(grey(images[:, :1]), model(images), rtol=1e-3, atol=1e-3)
+print(json.dumps(model(images).argmax(1).tolist()))
+"""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    golden = safetensors.torch.load_file(SHIPPED / f"{name}.fashion_mnist.golden.safetensors")["logits"]
+    assert json.loads(done.stdout.splitlines()[-1]) == golden[:8].argmax(1).tolist()
+
+
+@pytest.mark.parametrize("name", SHIP)
+def test_configuration(name):
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg.tag == "fashion_mnist"
+    assert cfg.license == "apache-2.0"
+    assert len(cfg.label_names) == cfg.num_classes == 10
+    assert any(note.startswith("measured: top-1 9") and "validate.py" in note for note in cfg.notes)
+    assert os.path.getsize(cfg.file) <= 3e6
+    assert f"{name}.fashion_mnist" in timm.list_pretrained("gsop*")
+
+
+@pytest.mark.parametrize("name", SHIP)
+def test_an_image_through_timms_transform(name):
+    """The README's way, from a picture to a label."""
+    model = timm.create_model(name, pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    images, labels = sample()
+    boot = (images[0, 0] * 0.353 + 0.286).mul(255).round().to(torch.uint8).numpy()
+    with torch.inference_mode():
+        (answer,) = model(transform(Image.fromarray(boot).convert("RGB"))[None]).argmax(1).tolist()
+    assert model.pretrained_cfg["label_names"][answer] == "Ankle boot"
+    assert answer == labels[0]
+
+
+def test_other_classes_and_features():
+    model = timm.create_model("gsop_preresnet20_net2", pretrained=True, num_classes=3).eval()
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+    backbone = timm.create_model("gsop_preresnet20_net2", pretrained=True, features_only=True).eval()
+    whole = timm.create_model("gsop_preresnet20_net2", pretrained=True).eval()
+    x = sample()[0][:2]
+    torch.testing.assert_close(backbone(x)[0], whole.stem(x))
+
+
+def test_a_shipped_network_can_be_published(tmp_path):
+    convert("timm", "gsop_preresnet20_net2.fashion_mnist", tmp_path / "folder")
+    stage(tmp_path / "folder", "timm-gsop/gsop_preresnet20_net2.fashion_mnist", tmp_path / "staged")
+    card = (tmp_path / "staged/README.md").read_text()
+    assert "zalando-datasets/fashion_mnist" in card
+    assert "**measured**: top-1 9" in card
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'staged'}", pretrained=True).eval()
+    x = sample()[0][:4]
+    torch.testing.assert_close(loaded(x), timm.create_model("gsop_preresnet20_net2", pretrained=True).eval()(x))
+    assert loaded.pretrained_cfg["label_names"][0] == "T-shirt/top"
+
+
+def test_the_page_shows_the_runs():
+    assert table() in PAGE.read_text()
+    assert {result.recipe for result in results()} >= {"preresnet20", *SHIP}
+    assert all(len(result.top1) >= 2 for result in results())

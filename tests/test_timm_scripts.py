@@ -1,0 +1,164 @@
+"""timm's own train.py and validate.py, unmodified, with our recipes: TIMM_SCRIPTS=DIR says where they are.
+
+They are in timm's repository, not in its wheel. Without them there is nothing to test here.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from timm_gsop.viz import read_summary
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = os.environ.get("TIMM_SCRIPTS")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not SCRIPTS, reason="TIMM_SCRIPTS is not set")]
+NET2 = "digits/gsop_preresnet20_net2"
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    subprocess.run([sys.executable, ROOT / "examples/digits_folder.py", folder], check=True)
+    return folder
+
+
+def command(config: str, data: Path, output: Path, *options: str, processes: int = 1) -> list[str]:
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    config_file = str(ROOT / f"train_configs/{config}.yaml")
+    given = ["-c", config_file, "--data-dir", str(data), "--output", str(output), "--experiment", "run"]
+    small = ["--device", "cpu", "--epochs", "2", "--warmup-epochs", "0", "--workers", "1", "--log-interval", "1"]
+    return [*launch, str(Path(SCRIPTS) / "train.py"), *given, *small, *options]
+
+
+def train(*args, **kwargs) -> subprocess.CompletedProcess:
+    done = subprocess.run(command(*args, **kwargs), env=ENV, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def summary(output: Path) -> list[dict[str, str]]:
+    with (output / "run/summary.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("config", ["digits/gsop_preresnet20_net1", NET2])
+def test_train_and_validate(config, digits, tmp_path):
+    """validate.py knows the network without an import, and measures what train.py did."""
+    train(config, digits, tmp_path)
+    rows = summary(tmp_path)
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
+    validate = [sys.executable, str(Path(SCRIPTS) / "validate.py"), "--model", Path(config).name, "--device", "cpu"]
+    shape = [
+        "--input-size",
+        "1",
+        "28",
+        "28",
+        "--mean",
+        "0.5",
+        "--std",
+        "0.5",
+        "--crop-pct",
+        "1.0",
+        "--num-classes",
+        "10",
+    ]
+    given = ["--data-dir", str(digits), "--split", "val", "--checkpoint", str(tmp_path / "run/last.pth.tar")]
+    done = subprocess.run(
+        [*validate, *shape, *given, "--interpolation", "bilinear"], env=ENV, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.rpartition("--result")[2])
+    assert found["top1"] == pytest.approx(float(rows[1]["eval_top1"]), abs=0.3)
+
+
+def test_resume_after_a_kill(digits, tmp_path):
+    """It goes on after the last complete epoch, and no checkpoint is half written."""
+    process = subprocess.Popen(
+        command(NET2, digits, tmp_path, "--epochs", "3"),
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if re.match(r"Train: 1 \[ *2\d/", line):  # in the middle of the second epoch
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.wait()
+    time.sleep(1)  # its workers notice
+    assert [row["epoch"] for row in summary(tmp_path)] == ["0"]
+    saved = torch.load(tmp_path / "run/last.pth.tar", weights_only=False)
+    assert saved["epoch"] == 0
+    resume = ("--epochs", "3", "--resume", str(tmp_path / "run/last.pth.tar"))
+    done = train(NET2, digits, tmp_path, *resume)
+    assert "Train: 0 [" not in done.stdout + done.stderr
+    assert "Train: 1 [   0/" in done.stdout + done.stderr
+    assert read_summary(tmp_path / "run/summary.csv")["epoch"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--model-ema", "--model-ema-decay", "0.9"),
+        ("--grad-checkpointing",),
+        ("--grad-accum-steps", "2"),
+        ("--amp", "--amp-dtype", "bfloat16"),
+        ("--torchcompile", "inductor"),
+    ],
+    ids=lambda options: options[0],
+)
+def test_options(options, digits, tmp_path):
+    train(NET2, digits, tmp_path, "--epochs", "1", *options)
+    (row,) = summary(tmp_path)
+    assert float(row["eval_top1"]) > 12  # ten classes
+    if "--model-ema" in options:
+        assert "state_dict_ema" in torch.load(tmp_path / "run/last.pth.tar", weights_only=False)
+
+
+@pytest.mark.parametrize("options", [(), ("--sync-bn",)])
+def test_two_processes(options, digits, tmp_path):
+    """tests/cpu_distributed.py brings what the CPU lacks."""
+    modules = ("--device-modules", "timm_gsop", "tests.cpu_distributed")
+    done = train(NET2, digits, tmp_path, *modules, *options, processes=2)
+    assert "Training in distributed mode with multiple processes" in done.stdout + done.stderr
+    assert ("Synchronized BatchNorm" in done.stdout + done.stderr) == bool(options)
+    first, second = (float(row["train_loss"]) for row in summary(tmp_path))
+    assert second < first
+
+
+def test_webdataset(digits, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    info: dict[str, dict] = {}
+    for split in ("train", "validation"):
+        images = sorted((digits / split.replace("validation", "val")).rglob("*.png"))
+        parts = {f"digits-{split}-{i}.tar": images[i::2] for i in range(2)}
+        for name, members in parts.items():
+            with tarfile.open(shards / name, "w") as archive:
+                for path in members:
+                    key = f"{path.parent.name}_{path.stem}"
+                    for suffix, content in (("png", path.read_bytes()), ("cls", path.parent.name.encode())):
+                        member = tarfile.TarInfo(f"{key}.{suffix}")
+                        member.size = len(content)
+                        archive.addfile(member, io.BytesIO(content))
+        info[split] = dict(filenames=list(parts), shard_lengths=[len(members) for members in parts.values()])
+        info[split]["name"] = split
+        info[split]["num_samples"] = len(images)
+    (shards / "_info.json").write_text(json.dumps(dict(splits=info)))
+    train(NET2, shards, tmp_path / "out", "--dataset", "wds/digits", "--epochs", "1")
+    assert float(summary(tmp_path / "out")[0]["eval_top1"]) > 12

@@ -1,0 +1,1 @@
+"""Data sets of the paper, as timm's train.py reads them."""

@@ -1,0 +1,37 @@
+"""Figures of matplotlib: made without a screen, written whole or not at all."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["new_figure", "save_figure"]
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure; sizes are inches.
+
+    Raises:
+        ModuleNotFoundError: Without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}; pip install timm-gsop[demo] brings it", name=error.name) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: "Figure", path: Path, dpi: int = 80) -> None:
+    """Write a figure; the ending of the path decides the format, PNG without one.
+
+    Raises:
+        OSError: If it cannot be written.
+        ValueError: If matplotlib does not know the format.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(partial, format=path.suffix[1:] or "png", dpi=dpi)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
