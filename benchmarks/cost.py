@@ -220,7 +220,7 @@ def models() -> Table:
     """Every registered network."""
     rows = []
     for name in timm.list_models(module=["gsop_resnet", "gsop_preresnet", "gsop_zoo"]):
-        size = timm.get_pretrained_cfg_value(name, "input_size")[-1]
+        size = timm.get_pretrained_cfg_value(f"{name}.untrained", "input_size")[-1]
         cost = measure(f"{name}.untrained")
         rows.append([f"`{name}`", f"{size}", millions(cost.params), billions(cost.macs), paper.ERROR.get(name, "")])
     header = ["model", "image", "parameters (M)", "GMACs", "error % (top-1 / top-5), reported by the paper"]

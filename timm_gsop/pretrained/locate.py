@@ -8,7 +8,12 @@ from urllib.parse import urlparse
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from timm.models import PretrainedCfg
 from torch.hub import download_url_to_file
 
@@ -55,26 +60,29 @@ def locate_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> P
     if cfg.hf_hub_id and not cfg.hf_hub_filename:
         try:
             path = _from_hub(cfg.hf_hub_id, cache_dir)
-        except (RepositoryNotFoundError, RemoteEntryNotFoundError) as error:
-            if isinstance(error, GatedRepoError):
-                raise _unavailable(cfg, error) from error
-            if _digest_in(cfg.url):
-                _logger.warning("%s is not on the Hub: its weights come from their origin, %s", cfg.hf_hub_id, cfg.url)
-                return _from_origin(cfg, cache_dir)
-            if isinstance(error, RemoteEntryNotFoundError):
-                return None  # not as safetensors: timm knows the other names
-            raise _unavailable(cfg, error) from error
-        except Exception as error:  # of HTTP libraries, which differ with the client's version, and of the system
-            cached = _origin_file(str(cfg.url), cache_dir)
-            if not _digest_in(cfg.url) or not cached.exists():
-                raise _unavailable(cfg, error) from error
-            _logger.warning("The Hub cannot be reached: %s comes from %s", cfg.hf_hub_id, cached)
-            return _from_origin(cfg, cache_dir)
+        except Exception as error:  # of HTTP libraries, too, which differ with the client's version
+            return _without_the_hub(cfg, cache_dir, error)
         blob = path.resolve()  # the Hub's cache names large files by their SHA-256
         if re.fullmatch("[0-9a-f]{64}", blob.name):
             _check_digest(blob, blob.name)
         return path
     return _from_origin(cfg, cache_dir) if _digest_in(cfg.url) else None
+
+
+def _without_the_hub(cfg: PretrainedCfg, cache_dir: str | Path | None, error: Exception) -> Path | None:
+    """Where the weights are if the Hub gave an error instead."""
+    has_origin = bool(_digest_in(cfg.url))
+    no_repository = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
+    no_file = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+    if has_origin and (no_repository or no_file):
+        _logger.warning("%s is not on the Hub: its weights come from their origin, %s", cfg.hf_hub_id, cfg.url)
+        return _from_origin(cfg, cache_dir)
+    if no_file:
+        return None  # not as safetensors: timm knows the other names
+    if has_origin and _origin_file(str(cfg.url), cache_dir).exists():
+        _logger.warning("The Hub cannot be reached: %s comes from the cache of its origin", cfg.hf_hub_id)
+        return _from_origin(cfg, cache_dir)
+    raise _unavailable(cfg, error) from error
 
 
 def _from_hub(hub_id: str, cache_dir: str | Path | None) -> Path:

@@ -1,0 +1,104 @@
+"""Leaving Python: torch.compile, torch.export, ONNX, TorchScript. Each agrees with the network."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+NARROW = dict(channels=(16, 32, 48, 64), cov_dim=8, isqrt_dim=6, num_classes=5, spatial_size=3)
+VARIANTS = {
+    "net1": ("gsop_resnet26_net1", dict(NARROW)),
+    "net2": ("gsop_resnet26_net2", dict(NARROW)),
+    "position": ("gsop_resnet26_net1", dict(NARROW, gsop_type="position")),
+    "concat": ("gsop_resnet26_net2", dict(NARROW, gsop_type="concat")),
+    "official": ("gsop_resnet26_net2", dict(NARROW, flavor="official", gsop_type="avg")),
+    "preresnet": ("gsop_preresnet20_net2.untrained", dict(cov_dim=8, isqrt_dim=6, num_classes=5)),
+}
+FEW = ("net2", "concat", "official")
+
+
+def create(variant: str) -> nn.Module:
+    name, kwargs = VARIANTS[variant]
+    model = timm.create_model(name, **kwargs)
+    with torch.no_grad():  # gates that are not all one half, and statistics that are not zero and one
+        for module in model.modules():
+            if hasattr(module, "expand_conv"):
+                module.expand_conv.bias.normal_()
+        model.train()(torch.randn(8, 3, 64, 64))
+    return model.eval()
+
+
+def images(batch: int, *size: int) -> torch.Tensor:
+    return torch.randn(batch, 3, *(size or (64, 64)))
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("variant", FEW)
+def test_compile_without_breaks_and_recompiles(variant):
+    """One graph; from the third batch size on, none is compiled anew. Graphs are the same for every backend."""
+    torch.compiler.reset()
+    model = create(variant)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        compiled(images(2))
+        compiled(images(3))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for batch in (4, 7):
+                x = images(batch)
+                assert_same(compiled(x), model(x))
+
+
+def test_compile_a_training_step():
+    """With PyTorch's default backend: the gradients are those of the network."""
+    torch.compiler.reset()
+    model, x = create("net2").train(), images(4)
+    compiled = torch.compile(model, fullgraph=True)
+    gradients = []
+    for network in (model, compiled):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(network(x), torch.arange(4)).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        tolerance = 1e-3 * expected.abs().max().item() + 1e-6
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-2, atol=tolerance)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_export_with_any_batch_and_size(variant):
+    model = create(variant)
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(model, (images(2),), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    for x in (images(2), images(5, 96, 80)):
+        assert_same(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("variant", FEW)
+def test_onnx(variant, tmp_path):
+    """Newton–Schulz included; the batch is free."""
+    import onnxruntime
+
+    model = create(variant)
+    program = torch.onnx.export(
+        model, (images(2),), dynamo=True, dynamic_shapes=({0: torch.export.Dim.AUTO},), verbose=False
+    )
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for batch in (2, 5):
+        x = images(batch)
+        (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert isinstance(logits, np.ndarray)
+        with torch.no_grad():
+            assert_same(torch.from_numpy(logits), model(x))
+
+
+def test_script_where_timm_promises_it():
+    """``scriptable=True``, through a file."""
+    name, kwargs = VARIANTS["net2"]
+    model = timm.create_model(name, scriptable=True, **kwargs).eval()
+    scripted = torch.jit.script(model)
+    x = images(3)
+    assert_same(scripted(x), model(x))
