@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from timm_gsop.viz import draw_curves, read_summary
+from timm_gsop.summary import read_summary
+from timm_gsop.viz import draw_curves
 from timm_gsop.viz.__main__ import main
 
 HEADER = "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr"

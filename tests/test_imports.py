@@ -17,8 +17,9 @@ ALLOWED = {
     "layers": {"layers"},
     "models": {"insert", "layers", "models", "pretrained"},
     "pretrained": {"layers", "pretrained"},
-    "viz": {"evaluation_mode", "layers", "viz"},
-    "weights": {"layers", "models", "pretrained", "weights"},
+    "summary": set(),
+    "viz": {"evaluation_mode", "layers", "summary", "viz"},
+    "weights": {"layers", "models", "pretrained", "summary", "weights"},
 }
 
 

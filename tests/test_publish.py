@@ -87,6 +87,14 @@ def test_card_of_ones_own_training(folder, tmp_path):
     assert (tmp_path / "staged/args.yaml").exists()
 
 
+@pytest.mark.parametrize("name", ["args.yaml", "summary.csv"])
+def test_other_files_by_these_names_are_refused(name, folder, tmp_path):
+    (folder / name).write_text("hello")
+    with pytest.raises(ValueError, match=f"{name} (cannot be read|is not|has no)"):
+        stage(folder, "me/mine", tmp_path / "staged")
+    assert not (tmp_path / "staged").exists()
+
+
 def test_card_measures_cost(folder, tmp_path):
     """As benchmarks.cost does."""
     from benchmarks.cost import measure
@@ -177,6 +185,19 @@ def test_bad_repositories_are_named(repo_id, folder, tmp_path):
         stage(folder, repo_id, tmp_path / "staged")
     with pytest.raises(ValueError, match=f"repo_id={repo_id!r} is not accepted"):
         publish(folder, repo_id)
+
+
+def test_a_full_disk_is_one_line(folder, tmp_path):
+    """A process that may write no file of more than 100 kB."""
+    import resource
+
+    command = [sys.executable, "hub/publish.py", str(folder), "--repo", "me/mine", "--dry-run"]
+    limit = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **limit)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: [Errno 27] File too large")
+    assert len(done.stderr.splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"folder"}
 
 
 def test_dry_run(folder, tmp_path):

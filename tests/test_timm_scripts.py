@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_gsop.viz import read_summary
+from timm_gsop.summary import read_summary
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = os.environ.get("TIMM_SCRIPTS")

@@ -4,6 +4,6 @@
 """
 
 from timm_gsop.viz.blocks import Record, draw, record
-from timm_gsop.viz.curves import draw_curves, plot_errors, read_summary
+from timm_gsop.viz.curves import draw_curves, plot_errors
 
-__all__ = ["Record", "draw", "draw_curves", "plot_errors", "read_summary", "record"]
+__all__ = ["Record", "draw", "draw_curves", "plot_errors", "record"]

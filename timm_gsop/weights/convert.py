@@ -90,8 +90,9 @@ def _from_file(
     if source == "gsop":
         return from_gsop(weights, given.get("gsop_type")), {}
     released = from_fast_mpn_cov(weights)._replace(weights=weights)  # by their names: the filter renames
-    cfgs = default_cfgs[model_name or released.model_name].cfgs if not given else {}
-    known = (cfg for cfg in cfgs.values() if is_origin(path, cfg.url))
+    name = model_name or released.model_name
+    cfgs = default_cfgs[name].cfgs.values() if name in default_cfgs and not given else ()
+    known = (cfg for cfg in cfgs if is_origin(path, cfg.url))
     return released, dict(provenance=next(known, None))
 
 

@@ -150,6 +150,8 @@ def is_ours(model_name: str) -> bool:
 
 def _check_labels(config: dict[str, Any], num_classes: int) -> None:
     names = config.get("label_names", config.get("pretrained_cfg", {}).get("label_names"))
+    if isinstance(names, dict):  # by index, as timm accepts them
+        names = list(names.values())
     if names is not None and len(set(names)) != num_classes:
         found = len(set(names))
         raise ValueError(f"label_names in config.json are {found} different ones; accepted: {num_classes}, as classes.")

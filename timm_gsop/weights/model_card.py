@@ -1,6 +1,5 @@
 """The model card: README.md of a repository on the Hugging Face Hub."""
 
-import csv
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from huggingface_hub import ModelCardData
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_gsop.summary import read_summary
 from timm_gsop.weights.hub_folder import HubFolder
 
 __all__ = ["model_card"]
@@ -51,6 +51,9 @@ def model_card(folder: HubFolder, repo_id: str, figure: str | None = None, licen
 
     Returns:
         Markdown with the Hub's YAML header.
+
+    Raises:
+        ValueError: If ``args.yaml`` or ``summary.csv`` is not what timm's train.py writes.
     """
     provenance = folder.config.get("provenance", {})
     notes = [note.partition(": ")[::2] for note in provenance.get("notes") or ()]
@@ -103,7 +106,10 @@ def _macs(model: nn.Module, size: tuple[int, ...]) -> int:
 def _recipe(path: Path) -> list[str]:
     if not (path / "args.yaml").exists():
         return []
-    given = yaml.safe_load((path / "args.yaml").read_text())
+    try:
+        given = dict(yaml.safe_load((path / "args.yaml").read_text()))
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path / 'args.yaml'} cannot be read; accepted: what timm's train.py writes.") from error
     shown = [f"`{name}: {given[name]}`" for name in RECIPE if given.get(name) not in (None, "", False, 0, 0.0)]
     return [f"timm's `train.py -c args.yaml`: {', '.join(shown)}"]
 
@@ -111,15 +117,12 @@ def _recipe(path: Path) -> list[str]:
 def _results(path: Path) -> list[str]:
     if not (path / "summary.csv").exists():
         return []
-    with (path / "summary.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "eval_top1" not in rows[-1]:
-        return []
-    best = max(rows, key=lambda row: float(row["eval_top1"]))
+    summary = read_summary(path / "summary.csv")
+    epochs, top1 = summary["epoch"], summary["eval_top1"]
     return [
-        f"**measured**: top-1 {float(row['eval_top1']):.2f} % after epoch {row['epoch']}, the {which}, on the recipe's "
-        "validation split, by timm's `train.py -c args.yaml` (`summary.csv`)"
-        for which, row in {"last": rows[-1], "best": best}.items()
+        f"**measured**: top-1 {top1[i]:.2f} % after epoch {epochs[i]:.0f}, the {which}, on the recipe's validation "
+        "split, by timm's `train.py -c args.yaml` (`summary.csv`)"
+        for which, i in {"last": -1, "best": top1.index(max(top1))}.items()
     ]
 
 
