@@ -238,8 +238,9 @@ def cifar100() -> dict[str, Run]:
     rows: dict[str, tuple[str, Settings, str, str]] = {
         "preresnet164": ("preresnet164", {}, "He et al., vanilla", "24.33"),
         "preresnet164_se": ("preresnet164", dict(model_kwargs=dict(attn_layer="se")), "SE-Net", "21.31"),
-        "preresnet164_mpn": ("isqrt_preresnet164", dict(gp="mpn", drop=0.5), "MPN-COV", "19.95"),
-        "preresnet164_isqrt": ("isqrt_preresnet164", dict(drop=0.5), "iSQRT-COV, not in the table", ""),
+        # The table's row "MPN-COV [21]" is iSQRT-COV: that is its reference 21, and what section 4.3 calls it.
+        "preresnet164_isqrt": ("isqrt_preresnet164", dict(drop=0.5), "iSQRT-COV", "19.95"),
+        "preresnet164_mpn": ("isqrt_preresnet164", dict(gp="mpn", drop=0.5), "MPN-COV, not in the table", ""),
         "gsop_preresnet164_net1": ("gsop_preresnet164_net1", {}, "GSoP-Net1", "20.86"),
         "gsop_preresnet164_net2": ("gsop_preresnet164_net2", dict(drop=0.5), "GSoP-Net2", "18.58"),
     }
