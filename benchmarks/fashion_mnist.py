@@ -1,17 +1,20 @@
-"""What came of train_configs/fashion_mnist: python -m benchmarks.fashion_mnist [--runs OUTPUT] [--ship].
+"""What came of train_configs/fashion_mnist: python -m benchmarks.fashion_mnist [--runs OUTPUT] [--ship] [--time].
 
 ``--runs`` is the folder that timm's train.py wrote, a sub-folder ``RECIPE-SEED`` a run; its summaries are kept in
 benchmarks/results/fashion_mnist. ``--ship`` puts the better seed of the two GSoP networks into the package, and what
-they answer to the stored test images beside them. The table of docs/results.md is written each time.
+they answer to the stored test images beside them. ``--time`` measures a training step of each network, side by side.
+The table of docs/results.md is written each time.
 """
 
 import argparse
 import csv
+import json
 import re
 import shutil
 from pathlib import Path
-from statistics import mean
-from typing import NamedTuple
+from statistics import mean, median
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -26,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/fashion_mnist"
 RECIPES = ROOT / "train_configs/fashion_mnist"
 PAGE = ROOT / "docs/results.md"
+TIMES = RESULTS / "step_times.json"
 SAMPLE = ROOT / "tests/data/fashion_mnist_test.npz"
 SHIPPED = ROOT / "timm_gsop/pretrained/shipped"
 NETWORKS = {
@@ -62,31 +66,53 @@ def last_top1(summary: Path) -> float:
         return float(list(csv.DictReader(file))[-1]["eval_top1"])
 
 
-def cost(recipe: str) -> Cost:
-    """Parameters and multiply-accumulates of a recipe's network."""
+def network(recipe: str) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of a recipe's network."""
     settings = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
     pool = {"global_pool": settings["gp"]} if "gp" in settings else {}
     overlay = dict(input_size=tuple(settings["input_size"]), num_classes=10)
-    return measure(
-        f"{settings['model']}.untrained", pretrained_cfg_overlay=overlay, **settings.get("model_kwargs", {}), **pool
-    )
+    kwargs = dict(pretrained_cfg_overlay=overlay, **settings.get("model_kwargs", {}), **pool)
+    return f"{settings['model']}.untrained", kwargs
+
+
+def time_steps(rounds: int = 9, batch_size: int = 128) -> dict[str, float]:
+    """Median seconds of a training step, the networks one after the other in each round: bfloat16, channels_last."""
+    models, times = {}, {recipe: [] for recipe in NETWORKS}
+    for recipe in NETWORKS:
+        name, kwargs = network(recipe)
+        models[recipe] = timm.create_model(name, **kwargs).train().to(memory_format=torch.channels_last)
+    x, target = torch.randn(batch_size, 1, 28, 28), torch.randint(0, 10, (batch_size,))
+    for _ in range(rounds + 1):
+        for recipe, model in models.items():
+            start = perf_counter()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = torch.nn.functional.cross_entropy(model(x).float(), target)
+            loss.backward()
+            model.zero_grad()
+            times[recipe].append(perf_counter() - start)
+    return {recipe: median(each[1:]) for recipe, each in times.items()}  # the first warms up
+
+
+def cost(recipe: str) -> Cost:
+    """Parameters and multiply-accumulates of a recipe's network."""
+    name, kwargs = network(recipe)
+    return measure(name, **kwargs)
 
 
 def table() -> str:
     """Markdown: every run, mean and spread."""
-    lines = [
-        "| network | parameters (M) | MMACs | top-1 (%) of each seed | mean | spread |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    seconds = json.loads(TIMES.read_text())["seconds"]
+    columns = ["network", "parameters (M)", "MMACs", "training step", "top-1 (%) of each seed", "mean", "spread"]
+    lines = [columns, ["---"] * len(columns)]
     for result in results():
         params, macs = cost(result.recipe)
-        each = ", ".join(f"{top1:.2f}" for top1 in result.top1.values())
-        values = list(result.top1.values())
-        spread = f"{max(values) - min(values):.2f}"
+        top1 = list(result.top1.values())
         name = f"[{NETWORKS[result.recipe]}](../train_configs/fashion_mnist/{result.recipe}.yaml)"
-        figures = f"{params / 1e6:.3f} | {macs / 1e6:.1f} | {each} | {mean(values):.2f} | {spread}"
-        lines.append(f"| {name} | {figures} |")
-    return "\n".join(lines)
+        step = f"{seconds[result.recipe] / seconds['preresnet20']:.1f}×"
+        each = ", ".join(f"{value:.2f}" for value in top1)
+        size = [f"{params / 1e6:.3f}", f"{macs / 1e6:.1f}"]
+        lines.append([name, *size, step, each, f"{mean(top1):.2f}", f"{max(top1) - min(top1):.2f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def keep(runs: Path) -> None:
@@ -124,12 +150,16 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, help="what train.py wrote")
+    parser.add_argument("--time", action="store_true", help="measure training steps")
     parser.add_argument("--ship", action="store_true", help="put the better seeds into the package")
     args = parser.parse_args()
     if args.ship and not args.runs:
         parser.error("--ship needs --runs")
     if args.runs:
         keep(args.runs)
+    if args.time:
+        about = dict(torch=torch.__version__, threads=torch.get_num_threads(), batch_size=128)
+        TIMES.write_text(json.dumps(dict(about, seconds=time_steps()), indent=1))
     if args.ship:
         for recipe in SHIP:
             ship(args.runs, recipe)

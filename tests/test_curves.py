@@ -8,6 +8,7 @@ from PIL import Image
 from timm_gsop.summary import read_summary
 from timm_gsop.viz import draw_curves
 from timm_gsop.viz.__main__ import main
+from timm_gsop.viz.curves import _name
 
 HEADER = "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr"
 
@@ -48,6 +49,12 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "curves.png").size == (1200, 480)
     assert {path.name for path in tmp_path.iterdir()} == {"net1", "net2", "curves.png"}
+
+
+def test_names_of_runs(tmp_path):
+    paths = [tmp_path / name for name in ("a/summary.csv", "b/summary.csv", "c/net1-0.csv", "d/x.csv", "e/x.csv")]
+    names = [_name(path, paths) for path in paths]
+    assert names == ["a", "b", "net1-0", str(tmp_path / "d/x.csv"), str(tmp_path / "e/x.csv")]
 
 
 @pytest.mark.parametrize(

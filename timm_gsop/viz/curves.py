@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _name(path: Path, paths: Sequence[Path]) -> str:
-    """The folder that train.py made for a run; the whole path where two have the same name."""
-    path = path.absolute()
-    folder = path.parent.name
-    return folder if [p.absolute().parent.name for p in paths].count(folder) == 1 else str(path)
+    """The folder that train.py made for a run, or the file's own name; the whole path where two have the same."""
+
+    def short(path: Path) -> str:
+        return path.absolute().parent.name if path.stem == "summary" else path.stem
+
+    return short(path) if [short(p) for p in paths].count(short(path)) == 1 else str(path)
