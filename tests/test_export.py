@@ -56,6 +56,7 @@ def test_compile_without_breaks_and_recompiles(variant):
                 assert_same(compiled(x), model(x))
 
 
+@pytest.mark.slow
 def test_compile_a_training_step():
     """With PyTorch's default backend: the gradients are those of the network."""
     torch.compiler.reset()

@@ -23,6 +23,14 @@ def test_python_examples(tmp_path, monkeypatch):
         exec(example, names)
 
 
+def test_examples_of_export(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for example in re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), flags=re.DOTALL):
+        exec(example, names)
+    assert names["logits"].shape == (5, 10)
+
+
 def test_links_lead_somewhere():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert links
