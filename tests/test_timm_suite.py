@@ -1,7 +1,8 @@
 """timm's own tests of models, over ours: its ``tests/test_models.py`` runs as it is, with changes to its lists only.
 
 Its lists of models hold ours and no others; our modules join its list of those with ``forward_intermediates``; and what
-it grants to its Inception-v3, whose unpadded convolutions make small maps smaller, it grants to ours.
+it grants to its Inception-v3, whose unpadded convolutions make small maps smaller, it grants to ours. Of pretrained
+networks it gets those that ship; tests/test_hub.py loads the others, without the network.
 """
 
 import functools
@@ -23,7 +24,8 @@ OUR_MODELS = {name for tags in (False, True) for name in timm.list_models(module
 def _only_ours(list_models: Callable[..., list[str]]) -> Callable[..., list[str]]:
     @functools.wraps(list_models)
     def list_our_models(*args, **kwargs):
-        return [name for name in list_models(*args, **kwargs) if name in OUR_MODELS]
+        ours = [name for name in list_models(*args, **kwargs) if name in OUR_MODELS]
+        return [name for name in ours if timm.get_pretrained_cfg(name).file] if kwargs.get("pretrained") else ours
 
     return list_our_models
 
