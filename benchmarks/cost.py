@@ -125,7 +125,8 @@ def profile(model: nn.Module, size: Sequence[int]) -> Profile:
         shapes[name] = tuple(output.shape[1:])
 
     handles = [module.register_forward_hook(partial(record, name)) for name, module in model.named_modules()]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # With gradients: without, the square root takes two products of matrices fewer than the iteration as it is written.
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         model(torch.empty(1, *size, device="meta"))
     for handle in handles:
         handle.remove()

@@ -33,6 +33,29 @@ def test_gradients():
     assert torch.autograd.gradgradcheck(covariance_pool, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeps_its_input_and_nothing_else(dtype):
+    x, kept = torch.randn(2, 3, 4, 4, dtype=dtype, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+        covariance_pool(x)
+    assert {saved.data_ptr() for saved in kept} == {x.data_ptr()}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_has_the_layout_of_the_features(layout):
+    x = torch.randn(2, 3, 4, 5).to(memory_format=layout).requires_grad_()
+    (grad,) = torch.autograd.grad(covariance_pool(x).square().sum(), x)
+    assert grad.is_contiguous(memory_format=layout)
+
+
+def test_gradients_of_each_sample():
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    gradient = torch.func.grad(lambda sample: covariance_pool(sample[None]).square().sum())
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(covariance_pool(leaf).square().sum(), leaf)
+    torch.testing.assert_close(torch.func.vmap(gradient)(x), expected)
+
+
 @pytest.mark.parametrize(
     ("dtype", "expected"),
     [

@@ -1,9 +1,11 @@
 """Covariance of feature maps, and its triangle as a vector."""
 
+from typing import Any
+
 import torch
 
 from timm_gsop.layers.checks import check_ndim, check_square
-from timm_gsop.layers.precision import at_least_float32, autocast_disabled
+from timm_gsop.layers.precision import autocast_disabled
 
 __all__ = ["covariance_pool", "position_covariance", "tril_vectorize", "triu_vectorize"]
 
@@ -24,18 +26,45 @@ def covariance_pool(x: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If ``x`` has neither three nor four dimensions.
     """
-    if torch.jit.is_scripting():  # knows neither autocast nor our checks
-        return _covariance(x)
+    if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
+        return _covariance(x.flatten(2))
     check_ndim("x", x, (3, 4), "(B, C, H, W) or (B, C, M)")
     with autocast_disabled(x.device):
-        return _covariance(x)
+        return _Covariance.apply(x.flatten(2))
 
 
 def _covariance(x: torch.Tensor) -> torch.Tensor:
-    x = at_least_float32(x.flatten(2))
-    # Centred before the product: E[xx'] - mm' would cancel where the mean is large beside the spread.
-    x = x - x.mean(dim=2, keepdim=True)
+    x = _centre(x)
     return torch.bmm(x, x.transpose(1, 2)) / x.shape[2]
+
+
+def _centre(x: torch.Tensor) -> torch.Tensor:
+    """Subtract the mean before any product: E[xx'] - mm' would cancel where the mean is large beside the spread."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x - x.mean(dim=2, keepdim=True, dtype=dtype)  # a half-precision x becomes float32 on the way, uncopied
+
+
+class _Covariance(torch.autograd.Function):
+    """Keeps its input for the gradient and nothing else: autograd would keep the centred features too."""
+
+    generate_vmap_rule = True  # for torch.func
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return _covariance(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        grad = (grad + grad.transpose(1, 2)) / x.shape[2]
+        centred = _centre(x)
+        if x.stride(1) == 1:  # channels last: so is the gradient then
+            return torch.bmm(centred.transpose(1, 2), grad).transpose(1, 2).to(x.dtype)
+        return torch.bmm(grad, centred).to(x.dtype)
 
 
 def position_covariance(x: torch.Tensor) -> torch.Tensor:
@@ -59,7 +88,7 @@ def position_covariance(x: torch.Tensor) -> torch.Tensor:
         return _covariance(x.flatten(2).transpose(1, 2))
     check_ndim("x", x, (3, 4), "(B, C, H, W) or (B, C, M)")
     with autocast_disabled(x.device):
-        return _covariance(x.flatten(2).transpose(1, 2))
+        return _Covariance.apply(x.flatten(2).transpose(1, 2))
 
 
 def triu_vectorize(mat: torch.Tensor) -> torch.Tensor:

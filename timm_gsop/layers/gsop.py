@@ -7,6 +7,7 @@ from torch import nn
 from timm_gsop.layers.channel_reduction import ChannelReduction
 from timm_gsop.layers.checks import check_batch_for_training, check_choice, check_ndim, check_positive_int
 from timm_gsop.layers.covariance import covariance_pool, position_covariance
+from timm_gsop.layers.pointwise_conv import PointwiseConv2d
 from timm_gsop.layers.row_conv import RowConv2d
 
 __all__ = ["FUSIONS", "ChannelGsop", "CovarianceExcitation", "FusedGsop", "GsopBlock", "PositionGsop"]
@@ -43,7 +44,7 @@ class CovarianceExcitation(nn.Module):
         self.row_conv = RowConv2d(cov_dim, device=device, dtype=dtype)
         self.row_conv_bn: nn.Module = nn.BatchNorm2d(hidden, device=device, dtype=dtype)
         self.act: nn.Module = nn.LeakyReLU(0.1, inplace=True)
-        self.expand_conv = nn.Conv2d(hidden, out_features, 1, device=device, dtype=dtype)
+        self.expand_conv = PointwiseConv2d(hidden, out_features, device=device, dtype=dtype)
         self.gate = nn.Sigmoid()
         self.reset_parameters()
 

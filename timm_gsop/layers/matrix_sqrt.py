@@ -31,29 +31,169 @@ def newton_schulz_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
     Raises:
         ValueError: If ``cov`` is not a batch of square matrices, or ``num_iters`` < 1.
     """
-    if torch.jit.is_scripting():  # knows neither autocast nor our checks
+    if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
         return _newton_schulz(at_least_float32(cov), num_iters)
     check_square("cov", cov)
     check_positive_int("num_iters", num_iters)
     with autocast_disabled(cov.device):
-        return _newton_schulz(at_least_float32(cov), num_iters)
+        cov = at_least_float32(cov)
+        if torch.is_grad_enabled() and cov.requires_grad:
+            return _NewtonSchulzSqrt.apply(cov, num_iters)[0]
+        return _newton_schulz(cov, num_iters)
 
 
 def _newton_schulz(cov: torch.Tensor, num_iters: int) -> torch.Tensor:
-    trace = cov.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
+    """Two steps at a time: ten products for five steps, where one at a time takes twelve."""
+    a, trace, is_zero = _normalize(cov)
+    y, z, p = a, a, a  # Z_0 = I, which saves two products
+    for k in range(0, num_iters - 1, 2):
+        if k > 0:
+            p = torch.bmm(z, y)
+        factor = _two_factors(p)
+        y = torch.bmm(y, factor)
+        if k < num_iters - 2:  # the last Z is not needed
+            z = torch.bmm(z, factor) if k > 0 else factor
+    if num_iters % 2 == 1:
+        y = torch.bmm(y, _factor(z, y) if num_iters > 1 else _first_factor(a))
+    return y * _root_of_trace(trace, is_zero)
+
+
+def _normalize(cov: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The symmetric part of ``cov`` with trace one, its trace before, and whether that was zero (then taken as one)."""
+    trace = _trace(cov)
     # A zero covariance (a constant map). The bound guards 0/0 only, far below every real trace; NaN passes through.
     is_zero = trace <= 1e-30
     trace = torch.where(is_zero, torch.ones_like(trace), trace)
-    a = cov / trace
-    # Every step is one fused product: Y (3I - P) / 2 = 1.5 Y - 0.5 Y P, with P = Z Y; and P_0 = A, since Z_0 = I.
-    y = torch.baddbmm(a, a, a, beta=1.5, alpha=-0.5)
-    if num_iters > 1:
-        z = 1.5 * torch.eye(cov.shape[1], dtype=cov.dtype, device=cov.device) - 0.5 * a
-        for _ in range(num_iters - 2):
-            p = torch.bmm(z, y)
-            y, z = torch.baddbmm(y, y, p, beta=1.5, alpha=-0.5), torch.baddbmm(z, p, z, beta=1.5, alpha=-0.5)
-        y = torch.baddbmm(y, y, torch.bmm(z, y), beta=1.5, alpha=-0.5)  # the last Z is not needed
-    return y * torch.where(is_zero, torch.zeros_like(trace), trace.sqrt())
+    return _plus_transpose(cov) * (0.5 / trace), trace, is_zero
+
+
+def _root_of_trace(trace: torch.Tensor, is_zero: torch.Tensor) -> torch.Tensor:
+    return torch.where(is_zero, torch.zeros_like(trace), trace.sqrt())
+
+
+def _first_factor(a: torch.Tensor) -> torch.Tensor:
+    """(3I - A) / 2, which is Z_1 too."""
+    return torch.sub(1.5 * _eye(a), a, alpha=0.5)
+
+
+def _factor(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """(3I - Z Y) / 2."""
+    return torch.baddbmm(1.5 * _eye(y), z, y, alpha=-0.5)
+
+
+def _two_factors(p: torch.Tensor) -> torch.Tensor:
+    """Product of the factors of two steps, T = (3I - P) / 2 and (3I - P T²) / 2, in two products of matrices.
+
+    It is (P - 3)(P - r)(P² + (r - 6) P + 12 / r) / 16, where r is the real root of P³ - 6P² + 9P - 12. Between the
+    eigenvalues of P, 0 and 1, neither quadratic comes near zero, so that no digits are lost.
+    """
+    r = 2 + (5 + 24**0.5) ** (1 / 3) + (5 - 24**0.5) ** (1 / 3)
+    eye = _eye(p)
+    left = torch.sub(3 * r * eye, p, alpha=3 + r).baddbmm_(p, p)
+    right = torch.add(left, p, alpha=2 * r - 3).add_((12 / r - 3 * r) * eye)
+    return torch.baddbmm(left, left, right, beta=0, alpha=1 / 16)
+
+
+def _eye(mat: torch.Tensor) -> torch.Tensor:
+    return torch.eye(mat.shape[2], dtype=mat.dtype, device=mat.device)
+
+
+def _plus_transpose(mat: torch.Tensor) -> torch.Tensor:
+    return mat + mat.transpose(1, 2)
+
+
+def _steps(a: torch.Tensor, num_iters: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Y_1 to Y_N, and Z_1 to Z_(N-1), one step at a time."""
+    zs = [_first_factor(a)]
+    ys = [torch.bmm(a, zs[0])]
+    for k in range(1, num_iters):
+        factor = _factor(zs[-1], ys[-1])
+        ys.append(torch.bmm(ys[-1], factor))
+        if k < num_iters - 1:
+            zs.append(torch.bmm(zs[-1], factor))
+    return ys, zs
+
+
+class _NewtonSchulzSqrt(torch.autograd.Function):
+    """Keeps Y and Z between the steps for the gradient, but the first ones, which are cheap to make again."""
+
+    generate_vmap_rule = True  # for torch.func
+
+    @staticmethod
+    def forward(cov: torch.Tensor, num_iters: int) -> tuple[torch.Tensor, ...]:
+        a, trace, is_zero = _normalize(cov)
+        ys, zs = _steps(a, num_iters)
+        return ys[-1] * _root_of_trace(trace, is_zero), *ys[1:-1], *zs[1:]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, int], output: tuple[torch.Tensor, ...]) -> None:
+        cov, ctx.num_iters = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(cov, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        cov, *kept = ctx.saved_tensors
+        a, trace, is_zero = _normalize(cov)
+        if torch.is_grad_enabled():  # a second derivative is wanted: let it see how these depend on cov
+            ys, zs = _steps(a, ctx.num_iters)
+        else:
+            ys, zs = _steps(a, 1)
+            ys, zs = ys + kept[: len(kept) // 2], zs + kept[len(kept) // 2 :]
+        # The root was scaled by sqrt(trace), and A by 1 / trace.
+        g = _plus_transpose(grad) * torch.where(is_zero, torch.zeros_like(trace), 0.5 * trace.rsqrt())
+        return _sqrt_gradient(g, a, ys[: ctx.num_iters - 1], zs), None
+
+
+def _sqrt_gradient(g: torch.Tensor, a: torch.Tensor, ys: list[torch.Tensor], zs: list[torch.Tensor]) -> torch.Tensor:
+    r"""Gradient with respect to the covariance, given A, Y_1 to Y_(N-1), Z_1 to Z_(N-1), and that with respect to Y_N.
+
+    With G and H the gradients with respect to Y and Z after a step, those before it are
+
+    .. math:: \tfrac32 G - \mathrm{sym}(Z (U + \tfrac12 V)), \quad \tfrac32 H - \mathrm{sym}((V + \tfrac12 U) Y),
+        \qquad U = Y G, \; V = H Z
+
+    where sym is the symmetric part. These are four products; the chain rule as it stands has six. Two are saved
+    because Y and Z are symmetric and commute.
+    """
+    if not ys:  # a single step
+        u = torch.bmm(a, g)
+        half = torch.sub(0.75 * g, u, alpha=0.5)
+        inner = 0.75 * _trace(u) + _inner(half, a)
+    else:
+        y, z = ys[-1], zs[-1]
+        u = torch.bmm(y, g)  # the last step makes no Z: H and V are zero after it
+        inner = 0.75 * _trace(u)
+        half = _less_product(g, z, u)
+        inner = inner + _inner(half, y)
+        h = _plus_transpose(torch.baddbmm(u, u, y, beta=0, alpha=-0.25))
+        for y, z in zip(reversed(ys[:-1]), reversed(zs[:-1]), strict=True):
+            g = _plus_transpose(half)
+            u, v = torch.bmm(y, g), torch.bmm(h, z)
+            half = _less_product(g, z, torch.add(u, v, alpha=0.5))
+            h = _plus_transpose(_less_product(h, torch.add(v, u, alpha=0.5), y))
+        g = _plus_transpose(half)
+        half = torch.baddbmm(g, a, g, beta=0.75, alpha=-0.5).sub_(h, alpha=0.25)
+    # The trace, which scales both the root and A: `inner` is the inner product of G and Y_N.
+    through_trace = 0.5 * inner - 2 * _inner(half, a)
+    gradient = _plus_transpose(half)
+    gradient.diagonal(dim1=1, dim2=2).add_(through_trace[:, :, 0])
+    return gradient
+
+
+def _less_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """3/4 X - 1/2 A B, in the place of X where no second derivative needs that."""
+    baddbmm = torch.Tensor.baddbmm if torch.is_grad_enabled() else torch.Tensor.baddbmm_
+    return baddbmm(x, a, b, beta=0.75, alpha=-0.5)
+
+
+def _trace(mat: torch.Tensor) -> torch.Tensor:
+    return mat.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
+
+
+def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Inner products of matrices, (B, C, C) and (B, C, C) to (B, 1, 1)."""
+    return (a * b).sum(dim=(1, 2), keepdim=True)
 
 
 def eigh_power(cov: torch.Tensor, power: float = 0.5) -> torch.Tensor:
