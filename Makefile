@@ -1,5 +1,7 @@
 # make quickstart   train, save, load and classify on data that ships with a dependency (scikit-learn's digits)
 # make test         lint, types and the tests; make test-full adds the slow ones: every model through timm's suite
+# make test-lowest, test-latest   the same on the lowest versions that we support, and on the newest that there are
+# make dist         wheel and source archive in dist/, twice to see that they are the same, and the wheel tried alone
 # make fix          let ruff format and mend what it can
 # make figures      draw the figures of README and docs again
 
@@ -17,6 +19,33 @@ test: $(VENV)/test.done lint
 test-full: $(VENV)/test.done lint
 	$(RUN) -m tests.timm_source
 	$(RUN) -m pytest -n auto
+
+test-lowest: $(VENV)-lowest/test.done
+	$(VENV)-lowest/bin/python -m tests.timm_source
+	$(VENV)-lowest/bin/python -m pytest -n auto -m "not slow"
+
+test-latest: $(VENV)-latest/test.done
+	$(VENV)-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[test]"
+	$(VENV)-latest/bin/python -m tests.timm_source
+	$(VENV)-latest/bin/python -m pytest -n auto -m "not slow"
+
+$(VENV)-lowest/test.done: WITH = "torch==2.5.*" "timm==1.0.31"
+$(VENV)-%/test.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet $(WITH) --editable ".[test]"
+	touch $@
+
+# The time in the archives is the last commit's.
+dist: $(VENV)/dev.done
+	rm -rf dist .cache/dist .cache/wheel
+	for folder in dist .cache/dist; do \
+		SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(RUN) -m build --outdir $$folder || exit 1; \
+	done
+	for file in dist/*; do cmp $$file .cache/$$file || exit 1; done
+	$(RUN) -m twine check --strict dist/*
+	$(PYTHON) -m venv .cache/wheel
+	.cache/wheel/bin/python -m pip install --quiet "$$(ls $(CURDIR)/dist/*.whl)[demo]"
+	.cache/wheel/bin/python tests/installed_wheel.py
 
 lint: $(VENV)/test.done
 	$(RUN) -m ruff check
@@ -38,6 +67,6 @@ $(VENV)/%.done: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cache output
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-latest .cache dist output
 
-.PHONY: quickstart test test-full lint fix figures clean
+.PHONY: quickstart test test-full test-lowest test-latest dist lint fix figures clean

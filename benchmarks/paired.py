@@ -1,7 +1,9 @@
 """Time and memory of alternatives, side by side in one process."""
 
+import ctypes
 import json
 import platform
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Timing", "machine", "peak_bytes", "saved_bytes", "time_paired"]
+__all__ = ["Timing", "keep_freed_memory", "machine", "peak_bytes", "saved_bytes", "time_paired"]
 
 Work = Callable[[], Any]
 
@@ -26,6 +28,18 @@ class Timing(NamedTuple):
     ratio: float
     low: float
     high: float
+
+
+def keep_freed_memory() -> None:
+    """Ask the C library not to give memory back to the system, as jemalloc and tcmalloc do not either.
+
+    What the system takes to hand out pages again is no property of what is compared, and varies from run to run. Only
+    glibc has the setting; elsewhere nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for setting in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            mallopt(setting, 2**31 - 1)
 
 
 def time_paired(works: Mapping[str, Work], reference: str, rounds: int = 15) -> dict[str, Timing]:

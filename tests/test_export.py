@@ -107,3 +107,21 @@ def test_script_where_timm_promises_it():
     scripted = torch.jit.script(model)
     x = images(3)
     assert_same(scripted(x), model(x))
+
+
+def test_int8_answers_as_float32_does():
+    """The shipped Net1 on real test images: half of the stored ones set the ranges, the other half are classified."""
+    pytest.importorskip("torchao")
+    from benchmarks.fashion_mnist import sample
+    from examples.quantize_int8 import quantize
+
+    images, labels = sample()
+    half = len(labels) // 2
+    model = timm.create_model("gsop_preresnet20_net1", pretrained=True).eval()
+    with torch.no_grad():
+        quantized = quantize(model, images[:half])
+        answers = [net(images[half:]).argmax(1) for net in (model, quantized)]
+    assert any("quantize_per_tensor" in str(node.target) for node in quantized.graph.nodes)
+    right = [(answer == labels[half:]).float().mean() for answer in answers]
+    assert right[1] > right[0] - 0.02
+    assert (answers[0] == answers[1]).float().mean() > 0.97

@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import performance
+from benchmarks.cost import update
+from benchmarks.growth import exponent
 from benchmarks.paired import peak_bytes, saved_bytes, time_paired
 from benchmarks.textbook import EighPool2d, TextbookChannelGsop, TextbookIsqrtCovPool2d
 from timm_gsop.layers import ChannelGsop, IsqrtCovPool2d, MpnCovPool2d
@@ -50,3 +53,13 @@ def test_timings_are_relative_to_the_reference():
     timings = time_paired({"a": lambda: sum(range(10_000)), "b": lambda: sum(range(200_000))}, "a", rounds=5)
     assert timings["a"].ratio == timings["a"].low == timings["a"].high == 1
     assert timings["b"].ratio > 2
+
+
+def test_the_page_says_what_was_measured():
+    page = performance.PAGE.read_text()
+    assert update(page, performance.contents()) == page
+    assert all(table.text in page for table in performance.contents().values())
+
+
+def test_exponent_by_hand():
+    assert exponent([1, 2, 4], [7.0, 3.0, 24.0]) == pytest.approx(3)
