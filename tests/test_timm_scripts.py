@@ -15,9 +15,13 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 
+from benchmarks.fashion_mnist import sample
 from timm_gsop.summary import read_summary
 
 ROOT = Path(__file__).parents[1]
@@ -162,3 +166,27 @@ def test_webdataset(digits, tmp_path):
     (shards / "_info.json").write_text(json.dumps(dict(splits=info)))
     train(NET2, shards, tmp_path / "out", "--dataset", "wds/digits", "--epochs", "1")
     assert float(summary(tmp_path / "out")[0]["eval_top1"]) > 12
+
+
+@pytest.mark.parametrize("name", ["gsop_preresnet20_net1", "gsop_preresnet20_net2"])
+def test_onnx_export_and_validate(name, tmp_path):
+    """timm's exporter and onnxruntime, on stored test images: the accuracy is the network's."""
+    stored = np.load(ROOT / "tests/data/fashion_mnist_test.npz")
+    for i, (image, label) in enumerate(zip(stored["images"], stored["labels"], strict=True)):
+        folder = tmp_path / f"images/{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).convert("RGB").save(folder / f"{i}.png")
+    file = tmp_path / "network.onnx"
+    export = ["onnx_export.py", file, "--model", name, "--num-classes", "10", "--img-size", "28", "--dynamo"]
+    data = ["--mean", *["0.286"] * 3, "--std", *["0.353"] * 3, "--crop-pct", "1.0", "--img-size", "28"]
+    validate = ["onnx_validate.py", tmp_path / "images", "--onnx-input", file, *data, "-b", "1", "-j", "1"]
+    for script, *options in (export, validate):
+        line = [sys.executable, str(Path(SCRIPTS) / script), *map(str, options)]
+        done = subprocess.run(line, env=ENV, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = float(re.findall(r"\* Prec@1 ([\d.]+)", done.stdout)[-1])
+    model = timm.create_model(name, pretrained=True).eval()
+    images, labels = sample()
+    with torch.no_grad():
+        right = (model(images).argmax(1) == labels).float().mean().item()
+    assert found == pytest.approx(100 * right, abs=0.41)  # two images: rounding of pixels
