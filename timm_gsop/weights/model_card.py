@@ -98,7 +98,8 @@ def model_card(folder: HubFolder, repo_id: str, figure: str | None = None, licen
 
 def _macs(model: nn.Module, size: tuple[int, ...]) -> int:
     """Multiply-accumulates of one image, as PyTorch's ``FlopCounterMode`` counts them, two operations each."""
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    # With gradients: without, the square root takes two products of matrices fewer than the iteration as it is written.
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *size))
     return counter.get_total_flops() // 2
 
