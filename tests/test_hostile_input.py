@@ -74,7 +74,7 @@ def test_blocks_are_finite_in_training(block, batch, size, kind, layout, seed):
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
     if layout != "contiguous":
         again = layer_of(*block).train()(plain)
-        # A mean of 1000 times the spread leaves float32 four digits of it, and row-wise normalization may take two more.
+        # A mean of 1000 times the spread leaves float32 four digits of it; row-wise normalization may take two more.
         tolerance = 1e-1 if kind == "large mean" else 1e-3
         torch.testing.assert_close(y, again, rtol=tolerance, atol=tolerance * max(again.abs().max().item(), 1e-30))
 
