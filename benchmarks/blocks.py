@@ -16,6 +16,7 @@ from timm.layers import create_attn
 from torch import nn
 
 from benchmarks.paired import keep_freed_memory, machine, saved_bytes, time_paired
+from benchmarks.performance import blocks_table
 from benchmarks.textbook import EighPool2d, TextbookChannelGsop, TextbookIsqrtCovPool2d
 from timm_gsop.layers import ChannelGsop, GsopBlock, IsqrtCovPool2d
 
@@ -145,8 +146,6 @@ def main() -> None:
     result = measure(device, args.batch or (256 if device.type == "cuda" else 16), args.rounds)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    from benchmarks.performance import blocks_table  # which imports the names above
-
     print(blocks_table(result).text)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 import timm_gsop
 from benchmarks.cost import measure as measure_cost
 from benchmarks.paired import keep_freed_memory, machine, peak_bytes, time_paired
+from benchmarks.performance import models_table
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "twin": ("gsop_resnet50_net1.untrained", dict(gsop_layers=())),
@@ -112,8 +113,6 @@ def main() -> None:
     result = measure(args.ways, device, batch, args.size, args.rounds)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    from benchmarks.performance import models_table  # which imports the names above
-
     print(models_table(result).text)
 
 

@@ -22,7 +22,8 @@ def newton_schulz_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
     the exact root where eigenvalues are small; the truncation is part of the model, and regularises it.
 
     Args:
-        cov: Symmetric positive semi-definite matrices, (B, C, C). A zero matrix gives zeros, and zero gradients.
+        cov: Symmetric positive semi-definite matrices, (B, C, C), of which the symmetric part is read. A zero matrix
+            gives zeros, and zero gradients.
         num_iters: Number of iterations N.
 
     Returns:
@@ -130,9 +131,13 @@ class _NewtonSchulzSqrt(torch.autograd.Function):
         cov, ctx.num_iters = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(cov, *output[1:])
+        if not torch.compiler.is_compiling():  # the compiler does not know it, nor need it
+            ctx.set_materialize_grads(False)  # no matrices of zeros for the outputs without gradients
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
+        if grad is None:
+            return None, None
         cov, *kept = ctx.saved_tensors
         a, trace, is_zero = _normalize(cov)
         if torch.is_grad_enabled():  # a second derivative is wanted: let it see how these depend on cov
