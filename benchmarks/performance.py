@@ -91,7 +91,7 @@ def models_table(result: Mapping[str, Any], blocks: Mapping[str, Any] | None = N
             lines.append(
                 [
                     way,
-                    f"`{name}`" if name != "twin" else name,
+                    name if name == "twin" or " " in name else f"`{name}`",
                     milliseconds(timing["seconds"]),
                     f"{cost['macs'] / twin_macs:.3f}×",
                     floor,
