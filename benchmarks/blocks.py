@@ -4,18 +4,16 @@ The four stages of ResNet-50 at 224×224, the last one without down-sampling: ba
 keeps the figures; benchmarks.performance makes the page of them.
 """
 
-import argparse
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from time import perf_counter
+from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import create_attn
 from torch import nn
 
-from benchmarks.paired import keep_freed_memory, machine, saved_bytes, time_paired
+from benchmarks.command_line import keep, parser
+from benchmarks.paired import keep_freed_memory, machine, saved_bytes, seconds, time_paired
 from benchmarks.performance import blocks_table
 from benchmarks.textbook import EighPool2d, TextbookChannelGsop, TextbookIsqrtCovPool2d
 from timm_gsop.layers import ChannelGsop, GsopBlock, IsqrtCovPool2d
@@ -74,19 +72,9 @@ def speeds(device: torch.device) -> dict[str, float]:
     big = torch.randn(2**26, device=device)
     copy = torch.empty_like(big)
     return dict(
-        macs=4096**3 / min(_seconds(lambda: a @ a, device) for _ in range(10)),
-        bytes=8 * 2**26 / min(_seconds(lambda: copy.copy_(big), device) for _ in range(10)),
+        macs=4096**3 / min(seconds(lambda: a @ a, device) for _ in range(10)),
+        bytes=8 * 2**26 / min(seconds(lambda: copy.copy_(big), device) for _ in range(10)),
     )
-
-
-def _seconds(work: Any, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return perf_counter() - start
 
 
 def floor(pieces: list[tuple[int, int]], batch: int, training: bool, speed: Mapping[str, float]) -> float:
@@ -107,7 +95,8 @@ def compare(modules: Mapping[str, nn.Module], x: torch.Tensor, training: bool, r
 
     for module in modules.values():
         module.to(x.device).train(training)
-    timings = time_paired({name: lambda m=module: step(m) for name, module in modules.items()}, "ours", rounds)
+    works = {name: partial(step, module) for name, module in modules.items()}
+    timings = time_paired(works, "ours", rounds, x.device)
     found = {name: timing._asdict() for name, timing in timings.items()}
     if training:
         for name, module in modules.items():
@@ -130,23 +119,19 @@ def measure(device: torch.device, batch: int, rounds: int) -> dict[str, Any]:
                 row = dict(kind=kind, channels=channels, size=size, training=training)
                 row["floor"] = floor(pieces, batch, training, speed)
                 rows.append(dict(row, alternatives=compare(modules, x, training, rounds)))
-    return dict(machine=machine(), batch=batch, speed=speed, rows=rows)
+    return dict(machine=machine(device), batch=batch, speed=speed, rows=rows)
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, help="images; default: 16 on a CPU, 256 on a GPU")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="keep the figures in this file")
-    args = parser.parse_args()
+    options = parser(__doc__, rounds=15)
+    options.add_argument("--batch", type=int, help="images (default: 16 on a CPU, 256 on a GPU)")
+    args = options.parse_args()
     keep_freed_memory()
-    device = torch.device(args.device)
-    result = measure(device, args.batch or (256 if device.type == "cuda" else 16), args.rounds)
+    result = measure(args.device, args.batch or (256 if args.device.type == "cuda" else 16), args.rounds)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(blocks_table(result).text)
+        keep(result, args.json)
+    print(blocks_table(result))
 
 
 if __name__ == "__main__":

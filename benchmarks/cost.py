@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_gsop.models  # noqa: F401
 from benchmarks import paper
+from benchmarks.page import table, update
 from timm_gsop.layers import ChannelGsop, GsopBlock, IsqrtCovPool2d, MpnCovPool2d, PositionGsop
 
 EXPLAINED_ABOVE = 0.03
@@ -184,9 +185,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str | Check]]) -> Ta
         text = f"{percent:+.1f} %".replace("-", "−") if percent else "0 %"
         return f"{text} ({reasons.index(reason) + 1})" if reason else text
 
-    lines = [list(header), ["---"] * len(header), *([show(cell) for cell in row] for row in rows)]
+    text = table(header, [[show(cell) for cell in row] for row in rows])
     notes = [f"\n({i}) {reason}" for i, reason in enumerate(reasons, 1)]
-    return Table("\n".join([*(f"| {' | '.join(line)} |" for line in lines), *notes]), checks)
+    return Table("\n".join([text, *notes]), checks)
 
 
 def problems(checks: Sequence[Check]) -> list[str]:
@@ -339,25 +340,18 @@ def tables() -> dict[str, Table]:
     return {"table 2": table_2(), "table 3": table_3(), "table 5": table_5(), "table 6": table_6(), "models": models()}
 
 
-def update(page: str, contents: Mapping[str, Table]) -> str:
-    """Put tables between their markers, ``<!-- table 2 -->`` and ``<!-- end -->``, and return the page."""
-    for name, table in contents.items():
-        begin, end = f"<!-- {name} -->\n", "<!-- end -->"
-        page = re.sub(f"(?s){begin}.*?{end}", lambda _, new=f"{begin}{table.text}\n{end}": new, page)
-    return page
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables, or write them into a page; then say what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--update", type=Path, metavar="PAGE", help="write the tables into this page")
     page = parser.parse_args(argv).update
     contents = tables()
+    texts = {name: content.text for name, content in contents.items()}
     if page:
-        page.write_text(update(page.read_text(encoding="utf-8"), contents), encoding="utf-8")
+        page.write_text(update(page.read_text(encoding="utf-8"), texts), encoding="utf-8")
     else:
-        print("\n\n".join(f"## {name.capitalize()}\n\n{table.text}" for name, table in contents.items()))
-    wrong = problems([check for table in contents.values() for check in table.checks])
+        print("\n\n".join(f"## {name.capitalize()}\n\n{text}" for name, text in texts.items()))
+    wrong = problems([check for content in contents.values() for check in content.checks])
     print("\n".join(wrong), file=sys.stderr, end="\n" if wrong else "")
     return bool(wrong)
 

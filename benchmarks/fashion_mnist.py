@@ -7,13 +7,11 @@ The table of docs/results.md is written each time.
 """
 
 import argparse
-import csv
 import json
-import re
 import shutil
+from functools import partial
 from pathlib import Path
-from statistics import mean, median
-from time import perf_counter
+from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +20,13 @@ import timm
 import torch
 import yaml
 from timm.models import adapt_input_conv, load_state_dict
+from torch import nn
 
+from benchmarks.command_line import keep
 from benchmarks.cost import Cost, measure
+from benchmarks.page import table, update
+from benchmarks.paired import keep_freed_memory, machine, time_paired
+from timm_gsop.summary import read_summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/fashion_mnist"
@@ -56,14 +59,10 @@ def results() -> list[Result]:
     for recipe in NETWORKS:
         paths = {int(path.stem.rpartition("-")[2]): path for path in RESULTS.glob(f"{recipe}-*.csv")}
         if paths:
-            found.append(Result(recipe, {seed: last_top1(paths[seed]) for seed in sorted(paths)}))
+            # The last epoch's, which no choice by the test images has favoured.
+            top1 = {seed: read_summary(paths[seed])["eval_top1"][-1] for seed in sorted(paths)}
+            found.append(Result(recipe, top1))
     return found
-
-
-def last_top1(summary: Path) -> float:
-    """The last epoch's, which no choice by the test images has favoured."""
-    with summary.open(newline="") as file:
-        return float(list(csv.DictReader(file))[-1]["eval_top1"])
 
 
 def network(recipe: str) -> tuple[str, dict[str, Any]]:
@@ -75,22 +74,22 @@ def network(recipe: str) -> tuple[str, dict[str, Any]]:
     return f"{settings['model']}.untrained", kwargs
 
 
-def time_steps(rounds: int = 9, batch_size: int = 128) -> dict[str, float]:
-    """Median seconds of a training step, the networks one after the other in each round: bfloat16, channels_last."""
-    models, times = {}, {recipe: [] for recipe in NETWORKS}
+def time_steps(batch_size: int = 128) -> dict[str, dict[str, float]]:
+    """Time a training step of each network beside the vanilla one's: bfloat16, channels_last."""
+    x, target = torch.randn(batch_size, 1, 28, 28), torch.randint(0, 10, (batch_size,))
+
+    def step(model: nn.Module) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(model(x).float(), target)
+        loss.backward()
+        model.zero_grad()
+
+    works = {}
     for recipe in NETWORKS:
         name, kwargs = network(recipe)
-        models[recipe] = timm.create_model(name, **kwargs).train().to(memory_format=torch.channels_last)
-    x, target = torch.randn(batch_size, 1, 28, 28), torch.randint(0, 10, (batch_size,))
-    for _ in range(rounds + 1):
-        for recipe, model in models.items():
-            start = perf_counter()
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = torch.nn.functional.cross_entropy(model(x).float(), target)
-            loss.backward()
-            model.zero_grad()
-            times[recipe].append(perf_counter() - start)
-    return {recipe: median(each[1:]) for recipe, each in times.items()}  # the first warms up
+        model = timm.create_model(name, **kwargs).train().to(memory_format=torch.channels_last)
+        works[recipe] = partial(step, model)
+    return {recipe: timing._asdict() for recipe, timing in time_paired(works, "preresnet20").items()}
 
 
 def cost(recipe: str) -> Cost:
@@ -99,23 +98,23 @@ def cost(recipe: str) -> Cost:
     return measure(name, **kwargs)
 
 
-def table() -> str:
+def results_table() -> str:
     """Markdown: every run, mean and spread."""
-    seconds = json.loads(TIMES.read_text())["seconds"]
+    timings = json.loads(TIMES.read_text())["timings"]
     columns = ["network", "parameters (M)", "MMACs", "training step", "top-1 (%) of each seed", "mean", "spread"]
-    lines = [columns, ["---"] * len(columns)]
+    lines = []
     for result in results():
         params, macs = cost(result.recipe)
         top1 = list(result.top1.values())
         name = f"[{NETWORKS[result.recipe]}](../train_configs/fashion_mnist/{result.recipe}.yaml)"
-        step = f"{seconds[result.recipe] / seconds['preresnet20']:.1f}×"
+        step = f"{timings[result.recipe]['ratio']:.1f}×"
         each = ", ".join(f"{value:.2f}" for value in top1)
         size = [f"{params / 1e6:.3f}", f"{macs / 1e6:.1f}"]
         lines.append([name, *size, step, each, f"{mean(top1):.2f}", f"{max(top1) - min(top1):.2f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(columns, lines)
 
 
-def keep(runs: Path) -> None:
+def keep_summaries(runs: Path) -> None:
     """Copy the summaries of complete runs."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     for recipe in NETWORKS:
@@ -156,16 +155,16 @@ def main() -> None:
     if args.ship and not args.runs:
         parser.error("--ship needs --runs")
     if args.runs:
-        keep(args.runs)
+        keep_summaries(args.runs)
     if args.time:
-        about = dict(torch=torch.__version__, threads=torch.get_num_threads(), batch_size=128)
-        TIMES.write_text(json.dumps(dict(about, seconds=time_steps()), indent=1))
+        keep_freed_memory()
+        keep(dict(machine=machine(), batch=128, timings=time_steps()), TIMES)
     if args.ship:
         for recipe in SHIP:
             ship(args.runs, recipe)
-    page = re.sub(r"(?s)(?<=<!-- table -->\n).*?(?=\n<!-- end -->)", lambda _: table(), PAGE.read_text())
-    PAGE.write_text(page)
-    print(table())
+    text = results_table()
+    PAGE.write_text(update(PAGE.read_text(), {"table": text}))
+    print(text)
 
 
 if __name__ == "__main__":

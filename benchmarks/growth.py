@@ -3,8 +3,6 @@
 ``--json`` keeps the figures; ``--figure`` draws them. On a GPU where one is.
 """
 
-import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.command_line import keep, parser
 from benchmarks.paired import keep_freed_memory, machine, time_paired
 from timm_gsop.layers import ChannelGsop, GsopBlock, IsqrtCovPool2d, covariance_pool, newton_schulz_sqrt
+from timm_gsop.viz.figure import new_figure, save_figure
 
 __all__ = ["GROWTHS", "Growth", "exponent"]
 
@@ -39,13 +39,14 @@ def _root(batch: int, dim: int, num_iters: int, device: torch.device) -> Callabl
 
 
 def _block(batch: int, dim: int, size: int, device: torch.device) -> Callable[[], Any]:
-    block, x = GsopBlock(ChannelGsop(CHANNELS, dim)).eval().to(device), torch.randn(batch, CHANNELS, size, size)
-    x = x.to(device)
+    block = GsopBlock(ChannelGsop(CHANNELS, dim)).eval().to(device)
+    x = torch.randn(batch, CHANNELS, size, size, device=device)
     return lambda: block(x)
 
 
 def _head(batch: int, dim: int, size: int, device: torch.device) -> Callable[[], Any]:
-    head, x = IsqrtCovPool2d(CHANNELS, dim).eval().to(device), torch.randn(batch, CHANNELS, size, size).to(device)
+    head = IsqrtCovPool2d(CHANNELS, dim).eval().to(device)
+    x = torch.randn(batch, CHANNELS, size, size, device=device)
     return lambda: head(x)
 
 
@@ -92,22 +93,18 @@ def measure(device: torch.device, rounds: int) -> dict[str, Any]:
             found[by] = {}
             for name, growth in growths.items():
                 works = {str(value): growth.create(value, device) for value in growth.values}
-                timings = time_paired(works, str(growth.values[0]), rounds)
+                timings = time_paired(works, str(growth.values[0]), rounds, device)
                 seconds = [timings[str(value)].seconds for value in growth.values]
                 found[by][name] = dict(
                     values=growth.values, seconds=seconds, macs=[operations(w) for w in works.values()]
                 )
-    return dict(machine=machine(), batch=16, growths=found)
+    return dict(machine=machine(device), batch=16, growths=found)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """A panel for each quantity: curves, and dashed, multiply-accumulates at the speed of the largest value."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(result["growths"]), figsize=(16, 4), layout="constrained")
+    figure = new_figure(16, 4)
+    axes = figure.subplots(1, len(result["growths"]))
     for axis, (by, curves) in zip(axes, result["growths"].items(), strict=True):
         for name, curve in curves.items():
             values, times = curve["values"], [1e3 * seconds for seconds in curve["seconds"]]
@@ -120,22 +117,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set_xticks([], minor=True)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="keep the figures in this file")
-    parser.add_argument("--figure", type=Path, help="draw them into this file")
-    args = parser.parse_args()
+    options = parser(__doc__, rounds=15)
+    options.add_argument("--figure", type=Path, help="draw them into this file")
+    args = options.parse_args()
     keep_freed_memory()
-    result = measure(torch.device(args.device), args.rounds)
+    result = measure(args.device, args.rounds)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        keep(result, args.json)
     if args.figure:
         draw(result, args.figure)
     for by, curves in result["growths"].items():

@@ -4,13 +4,14 @@
 """
 
 import argparse
-import json
 import resource
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+
+from benchmarks.command_line import keep
 
 RESULTS = Path(__file__).parent / "results/long_run.json"
 SPIKE_EVERY, SPIKE = 250, 30.0
@@ -72,9 +73,7 @@ def main() -> None:
         print(f"{name:10}", *(f"{value:9.3f}" for value in log[name]))
     print("finite", log["finite"])
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(
-        json.dumps(dict(log, torch=torch.__version__, command="python -m benchmarks.long_run"), indent=1)
-    )
+    keep(dict(log, torch=torch.__version__, command="python -m benchmarks.long_run"), RESULTS)
 
 
 if __name__ == "__main__":

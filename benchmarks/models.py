@@ -2,14 +2,12 @@
 
 The twin is the same ResNet-50 without blocks, its last stage not down-sampled either. On a CPU: batch 16, float32. On a
 GPU: batch 256, channels last, bfloat16 by autocast. ``--json`` keeps the figures for benchmarks.performance.
+Training has a third of the rounds.
 """
 
-import argparse
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -17,56 +15,66 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import timm_gsop
+from benchmarks.command_line import keep, parser
 from benchmarks.cost import measure as measure_cost
 from benchmarks.paired import keep_freed_memory, machine, peak_bytes, time_paired
 from benchmarks.performance import models_table
 from timm_gsop.layers import ChannelGsop
 
-RECOMPUTING = "gsop_resnet50_net1, covariances computed again for the gradient"
-NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "twin": ("gsop_resnet50_net1.untrained", dict(gsop_layers=())),
-    "gsop_resnet50_net1": ("gsop_resnet50_net1.untrained", {}),
-    "gsop_resnet50_net2": ("gsop_resnet50_net2.untrained", {}),
-    RECOMPUTING: ("gsop_resnet50_net1.untrained", {}),
-    "isqrt_resnet50": ("isqrt_resnet50.untrained", {}),
-    "resnet50": ("resnet50", {}),
+
+class Network(NamedTuple):
+    """One of timm's or ours, and its arguments; and whether its covariances are computed again for the gradient."""
+
+    model: str
+    kwargs: Mapping[str, Any] = {}
+    recomputes: bool = False
+
+
+FEW = {
+    "twin": Network("gsop_resnet50_net1.untrained", dict(gsop_layers=())),
+    "gsop_resnet50_net1": Network("gsop_resnet50_net1.untrained"),
+    "gsop_resnet50_net2": Network("gsop_resnet50_net2.untrained"),
 }
-FEW = ("twin", "gsop_resnet50_net1", "gsop_resnet50_net2")
+ALL = {
+    **FEW,
+    "isqrt_resnet50": Network("isqrt_resnet50.untrained"),
+    "resnet50": Network("resnet50"),
+}
+RECOMPUTING = "gsop_resnet50_net1, covariances computed again for the gradient"
+WAYS = {
+    "inference": ALL,
+    "fused": FEW,
+    "training": {**ALL, RECOMPUTING: Network("gsop_resnet50_net1.untrained", recomputes=True)},
+    "compiled": FEW,
+    "compiled training": FEW,
+}
 
 
-def create(name: str, device: torch.device, size: int) -> nn.Module:
-    """A network with statistics of some data, and with channels last on a GPU."""
-    model, kwargs = NETWORKS[name]
-    network = timm.create_model(model, **kwargs).to(device).train()
+def create(network: Network, device: torch.device, size: int) -> nn.Module:
+    """Create it, with statistics of some data, and with channels last on a GPU."""
+    model = timm.create_model(network.model, **network.kwargs).to(device).train()
     with torch.no_grad():
-        network(torch.randn(4, 3, size, size, device=device))
-    if name == RECOMPUTING:
-        for module in network.modules():
+        model(torch.randn(4, 3, size, size, device=device))
+    if network.recomputes:
+        for module in model.modules():
             if isinstance(module, ChannelGsop):
                 module.squeeze = partial(checkpoint, module.squeeze, use_reentrant=False)
-    return network.to(memory_format=torch.channels_last) if device.type == "cuda" else network
+    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
 
-def inference(network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Callable[[], None]:
+@torch.inference_mode()
+def infer(model: nn.Module, x: torch.Tensor) -> None:
     """Run it on ``x``."""
-
-    def run() -> None:
-        with torch.inference_mode(), _autocast(x):
-            network(x)
-
-    return run
+    with _autocast(x):
+        model(x)
 
 
-def training(network: nn.Module, x: torch.Tensor, of: nn.Module | None = None) -> Callable[[], None]:
-    """Run a training step without the optimizer's: forward, backward."""
-
-    def run() -> None:
-        with _autocast(x):
-            loss = network(x).float().logsumexp(1).sum()
-        loss.backward()
-        (of or network).zero_grad()
-
-    return run
+def train(model: nn.Module, x: torch.Tensor) -> None:
+    """Run a training step without the optimizer's part: forward, backward."""
+    with _autocast(x):
+        loss = model(x).float().logsumexp(1).sum()
+    loss.backward()
+    model.zero_grad()
 
 
 def _autocast(x: torch.Tensor) -> torch.autocast:
@@ -78,53 +86,40 @@ def measure(ways: Sequence[str], device: torch.device, batch: int, size: int, ro
     x = torch.randn(batch, 3, size, size, device=device)
     if device.type == "cuda":
         x = x.to(memory_format=torch.channels_last)
-    result: dict[str, Any] = dict(machine=machine(), batch=batch, size=size, ways={})
+    result: dict[str, Any] = dict(machine=machine(device), batch=batch, size=size, ways={}, cost={})
     for way in ways:
-        names = FEW if way in ("fused", "compiled", "compiled training") else tuple(NETWORKS)
-        if way != "training":
-            names = tuple(name for name in names if name != RECOMPUTING)
-        networks = {name: create(name, device, size) for name in names}
         is_training = "training" in way
-        for network in networks.values():
-            network.train(is_training)
-        if way == "fused":
-            networks = {name: timm_gsop.fuse_conv_bn(network) for name, network in networks.items()}
-        run: dict[str, Callable] = dict(networks)
-        if way.startswith("compiled"):
-            run = {name: torch.compile(network) for name, network in networks.items()}
-        if is_training:
-            works = {name: training(run[name], x, networks[name]) for name in names}
-        else:
-            works = {name: inference(run[name], x) for name in names}
-        timings = time_paired(works, "twin", max(5, rounds // 3) if is_training else rounds)
+        works: dict[str, Callable[[], None]] = {}
+        for name, network in WAYS[way].items():
+            model = create(network, device, size).train(is_training)
+            if way == "fused":
+                model = timm_gsop.fuse_conv_bn(model)
+            elif way.startswith("compiled"):
+                model = torch.compile(model)
+            works[name] = partial(train if is_training else infer, model, x)
+            result["cost"][name] = measure_cost(network.model, **network.kwargs)._asdict()
+        timings = time_paired(works, "twin", max(5, rounds // 3) if is_training else rounds, device)
         result["ways"][way] = {name: timing._asdict() for name, timing in timings.items()}
         if way == "training":
             for name, work in works.items():
-                result["ways"][way][name]["peak_bytes"] = peak_bytes(work)
-    result["cost"] = {name: measure_cost(model, **kwargs)._asdict() for name, (model, kwargs) in NETWORKS.items()}
+                result["ways"][way][name]["peak_bytes"] = peak_bytes(work, device)
     return result
-
-
-WAYS = ("inference", "fused", "training", "compiled", "compiled training")
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ways", nargs="+", default=WAYS[:3], choices=WAYS, help="compiling takes minutes on a CPU")
-    parser.add_argument("--batch", type=int, help="images; default: 16 on a CPU, 256 on a GPU")
-    parser.add_argument("--size", type=int, default=224, help="their height and width")
-    parser.add_argument("--rounds", type=int, default=31, help="a third of it in training")
-    parser.add_argument("--json", type=Path, help="keep the figures in this file")
-    args = parser.parse_args()
+    options = parser(__doc__, rounds=31)
+    ways = ("inference", "fused", "training")
+    options.add_argument("--ways", nargs="+", default=ways, choices=WAYS, help="compiling takes minutes on a CPU")
+    options.add_argument("--batch", type=int, help="images (default: 16 on a CPU, 256 on a GPU)")
+    options.add_argument("--size", type=int, default=224, help="their height and width (default: %(default)s)")
+    args = options.parse_args()
     keep_freed_memory()
-    device = torch.device(args.device)
-    batch = args.batch or (256 if device.type == "cuda" else 16)
-    result = measure(args.ways, device, batch, args.size, args.rounds)
+    batch = args.batch or (256 if args.device.type == "cuda" else 16)
+    result = measure(args.ways, args.device, batch, args.size, args.rounds)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(models_table(result).text)
+        keep(result, args.json)
+    print(models_table(result))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Timing", "keep_freed_memory", "machine", "peak_bytes", "saved_bytes", "time_paired"]
+__all__ = ["Timing", "keep_freed_memory", "machine", "peak_bytes", "saved_bytes", "seconds", "time_paired"]
 
 Work = Callable[[], Any]
+CPU = torch.device("cpu")
 
 
 class Timing(NamedTuple):
@@ -42,7 +43,9 @@ def keep_freed_memory() -> None:
             mallopt(setting, 2**31 - 1)
 
 
-def time_paired(works: Mapping[str, Work], reference: str, rounds: int = 15) -> dict[str, Timing]:
+def time_paired(
+    works: Mapping[str, Work], reference: str, rounds: int = 15, device: torch.device = CPU
+) -> dict[str, Timing]:
     """Run the alternatives in turn, ``rounds`` times, in alternating order.
 
     A ratio is of two runs in the same round, so that what slows the machine for longer than a round cancels.
@@ -51,16 +54,17 @@ def time_paired(works: Mapping[str, Work], reference: str, rounds: int = 15) -> 
         works: The alternatives by name.
         reference: The name of what the others are compared to.
         rounds: How often; two more warm up.
+        device: Where they run.
 
     Returns:
         The timing of each.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+    times: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
     for round_ in range(rounds + 2):
         for name in names if round_ % 2 else reversed(names):
-            seconds[name].append(_seconds(works[name]))
-    kept = {name: each[2:] for name, each in seconds.items()}
+            times[name].append(seconds(works[name], device))
+    kept = {name: each[2:] for name, each in times.items()}
     timings = {}
     for name, each in kept.items():
         ratios = [own / its for own, its in zip(each, kept[reference], strict=True)]
@@ -69,8 +73,9 @@ def time_paired(works: Mapping[str, Work], reference: str, rounds: int = 15) -> 
     return timings
 
 
-def _seconds(work: Work) -> float:
-    if not torch.cuda.is_available():
+def seconds(work: Work, device: torch.device = CPU) -> float:
+    """Time one run: on a GPU between two of its events, elsewhere by the clock."""
+    if device.type != "cuda":
         start = perf_counter()
         work()
         return perf_counter() - start
@@ -98,9 +103,9 @@ def saved_bytes(module: nn.Module, x: torch.Tensor) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def peak_bytes(work: Work) -> int:
-    """Most memory that PyTorch had allocated at a time during ``work``, beyond what it had before."""
-    if torch.cuda.is_available():
+def peak_bytes(work: Work, device: torch.device = CPU) -> int:
+    """Most memory that PyTorch had allocated on ``device`` at a time during ``work``, beyond what it had before."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
@@ -120,15 +125,15 @@ def peak_bytes(work: Work) -> int:
     return peak
 
 
-def machine() -> dict[str, Any]:
+def machine(device: torch.device = CPU) -> dict[str, Any]:
     """What the figures depend on, beside the code."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     else:
         found = [line for line in _cpuinfo() if line.startswith("model name")]
-        device = found[0].partition(": ")[2] if found else platform.processor()
+        name = found[0].partition(": ")[2] if found else platform.processor()
     return dict(
-        device=device,
+        device=name,
         threads=torch.get_num_threads(),
         capability=torch.backends.cpu.get_cpu_capability(),
         python=platform.python_version(),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cost import Table, markdown, update
+from benchmarks.page import table, update
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/performance"
@@ -36,7 +36,7 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:.0f}"
 
 
-def blocks_table(result: Mapping[str, Any]) -> Table:
+def blocks_table(result: Mapping[str, Any]) -> str:
     """Blocks and heads: time of ours, and of others relative to it."""
     tables = []
     for kind, peers in PEERS.items():
@@ -58,8 +58,8 @@ def blocks_table(result: Mapping[str, Any]) -> Table:
                 line += [""]
             lines.append(line)
         header = ["map", "pass", "floor (ms)", "ours (ms)", *(f"{name} / ours" for name in peers.values())]
-        tables.append(markdown([*header, "kept for the gradient"], lines).text)
-    return Table("\n\n".join(tables), [])
+        tables.append(table([*header, "kept for the gradient"], lines))
+    return "\n\n".join(tables)
 
 
 def floors(blocks: Mapping[str, Any], training: bool) -> dict[str, float]:
@@ -74,7 +74,7 @@ def floors(blocks: Mapping[str, Any], training: bool) -> dict[str, float]:
     }
 
 
-def models_table(result: Mapping[str, Any], blocks: Mapping[str, Any] | None = None) -> Table:
+def models_table(result: Mapping[str, Any], blocks: Mapping[str, Any] | None = None) -> str:
     """Whole networks: time and memory relative to the twin, beside arithmetic and the floors of their blocks."""
     lines = []
     twin_macs, twin_params = (result["cost"]["twin"][key] for key in ("macs", "params"))
@@ -91,7 +91,7 @@ def models_table(result: Mapping[str, Any], blocks: Mapping[str, Any] | None = N
             lines.append(
                 [
                     way,
-                    name if name == "twin" or " " in name else f"`{name}`",
+                    name,
                     milliseconds(timing["seconds"]),
                     f"{cost['macs'] / twin_macs:.3f}×",
                     floor,
@@ -101,18 +101,18 @@ def models_table(result: Mapping[str, Any], blocks: Mapping[str, Any] | None = N
                 ]
             )
     header = ["way", "network", "ms", "arithmetic / twin's", "floor / twin's", "time / twin's", "aim", "peak memory"]
-    return Table(markdown(header, lines).text, [])
+    return table(header, lines)
 
 
-def about(result: Mapping[str, Any]) -> Table:
+def about(result: Mapping[str, Any]) -> str:
     """The machine."""
     machine = result["machine"]
     versions = f"Python {machine['python']}, torch {machine['torch']}, timm {machine['timm']}"
     device = f"{machine['device']}, {machine['threads']} threads, {machine['capability']}"
-    return Table(f"{device}; {versions}; batch {result['batch']}.", [])
+    return f"{device}; {versions}; batch {result['batch']}."
 
 
-def contents() -> dict[str, Table]:
+def contents() -> dict[str, str]:
     """What the page says, by the names of its markers."""
     blocks, models = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("blocks", "models"))
     return {

@@ -6,16 +6,18 @@ operands rounded to TF32 or bfloat16, to the same N iterations in float64. ``--j
 draws them.
 """
 
-import argparse
-import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.command_line import keep, parser
 from benchmarks.paired import machine
+from benchmarks.textbook import exact_root, plain_newton_schulz
 from timm_gsop.layers import newton_schulz_sqrt
+from timm_gsop.viz.figure import new_figure, save_figure
 
 SIZE, BATCH = 256, 4
 ITERATIONS = (1, 3, 5, 7, 10, 15)
@@ -30,12 +32,6 @@ def covariances(condition: float) -> torch.Tensor:
     return (basis * eigenvalues) @ basis.mT
 
 
-def exact_root(cov: torch.Tensor) -> torch.Tensor:
-    """By eigen-decomposition."""
-    eigenvalues, eigenvectors = torch.linalg.eigh(cov)
-    return (eigenvectors * eigenvalues.clamp_min(0).sqrt()[:, None]) @ eigenvectors.mT
-
-
 def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Float32 to the nearest value with that many bits of mantissa, ties to even, as matrix units read it."""
     drop = 23 - bits
@@ -44,19 +40,9 @@ def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (((raw + half) >> drop) << drop).view(torch.float32)
 
 
-def root_with_rounded_operands(cov: torch.Tensor, num_iters: int, bits: int) -> torch.Tensor:
-    """The iteration in float32, operands of every product rounded, sums in float32: what a matrix unit computes."""
-
-    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return rounded(a, bits) @ rounded(b, bits)
-
-    trace = cov.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-    eye = torch.eye(SIZE).expand_as(cov)
-    y, z = cov / trace, eye
-    for _ in range(num_iters):
-        factor = 1.5 * eye - 0.5 * product(z, y)
-        y, z = product(y, factor), product(factor, z)
-    return y * trace.sqrt()
+def product_of_rounded(a: torch.Tensor, b: torch.Tensor, bits: int) -> torch.Tensor:
+    """Operands rounded, sums in float32: what a matrix unit computes."""
+    return rounded(a, bits) @ rounded(b, bits)
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -67,8 +53,8 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 ROUNDINGS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     "float32": newton_schulz_sqrt,
-    "TF32": lambda cov, n: root_with_rounded_operands(cov, n, TF32_BITS),
-    "bfloat16": lambda cov, n: root_with_rounded_operands(cov, n, BFLOAT16_BITS),
+    "TF32": partial(plain_newton_schulz, product=partial(product_of_rounded, bits=TF32_BITS)),
+    "bfloat16": partial(plain_newton_schulz, product=partial(product_of_rounded, bits=BFLOAT16_BITS)),
 }
 
 
@@ -91,12 +77,8 @@ def measure() -> dict[str, Any]:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Both errors against the condition number."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure = new_figure(12, 4.5)
+    left, right = figure.subplots(1, 2)
     for n, errors in result["truncation"].items():
         left.plot(result["conditions"], errors, "o-", label=f"{n} iterations")
     left.set(title="truncation: to the exact root", ylim=(1e-8, 2))
@@ -108,19 +90,17 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel="condition number", ylabel="relative error")
         axis.legend(fontsize=7, ncol=3, loc="lower right")
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="keep the figures in this file")
-    parser.add_argument("--figure", type=Path, help="draw them into this file")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--figure", type=Path, help="draw them into this file")
+    args = options.parse_args()
     result = measure()
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        keep(result, args.json)
     if args.figure:
         draw(result, args.figure)
     for n in ITERATIONS:

@@ -1,11 +1,22 @@
 """Second-order pooling as a textbook writes it, to compare with: the formulas, one after the other, with autograd."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from timm_gsop.layers import ChannelGsop, IsqrtCovPool2d, MpnCovPool2d
 
-__all__ = ["EighPool2d", "TextbookChannelGsop", "TextbookIsqrtCovPool2d", "centring_covariance", "plain_newton_schulz"]
+__all__ = [
+    "EighPool2d",
+    "TextbookChannelGsop",
+    "TextbookIsqrtCovPool2d",
+    "centring_covariance",
+    "exact_root",
+    "plain_newton_schulz",
+]
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def centring_covariance(x: torch.Tensor) -> torch.Tensor:
@@ -17,15 +28,21 @@ def centring_covariance(x: torch.Tensor) -> torch.Tensor:
     return x.bmm(centring).bmm(x.transpose(1, 2))
 
 
-def plain_newton_schulz(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
-    """iSQRT-COV, equations 4 to 7, as they stand."""
+def plain_newton_schulz(cov: torch.Tensor, num_iters: int = 5, product: Product = torch.bmm) -> torch.Tensor:
+    """iSQRT-COV, equations 4 to 7, as they stand, with a product of matrices as given."""
     trace = cov.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
     eye = torch.eye(cov.shape[1], dtype=cov.dtype, device=cov.device).expand_as(cov)
     y, z = cov / trace, eye
     for _ in range(num_iters):
-        t = 0.5 * (3 * eye - z.bmm(y))
-        y, z = y.bmm(t), t.bmm(z)
+        t = 0.5 * (3 * eye - product(z, y))
+        y, z = product(y, t), product(t, z)
     return trace.sqrt() * y
+
+
+def exact_root(cov: torch.Tensor) -> torch.Tensor:
+    """Square root by PyTorch's eigen-decomposition."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(cov)
+    return (eigenvectors * eigenvalues.clamp_min(0).sqrt()[:, None]) @ eigenvectors.mT
 
 
 class TextbookChannelGsop(ChannelGsop):
@@ -64,9 +81,8 @@ class TextbookIsqrtCovPool2d(IsqrtCovPool2d):
 
 
 class EighPool2d(MpnCovPool2d):
-    """The head with an exact square root, through PyTorch's eigen-decomposition and its gradient."""
+    """The head with an exact square root, and PyTorch's gradient of the eigen-decomposition."""
 
     def normalize(self, cov: torch.Tensor) -> torch.Tensor:
         """Exact square root."""
-        eigenvalues, eigenvectors = torch.linalg.eigh(cov)
-        return (eigenvectors * eigenvalues.clamp_min(0).sqrt()[:, None]) @ eigenvectors.transpose(1, 2)
+        return exact_root(cov)

@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 
-from benchmarks.fashion_mnist import PAGE, SHIP, SHIPPED, results, sample, table
+from benchmarks.fashion_mnist import PAGE, SHIP, SHIPPED, results, results_table, sample
 from timm_gsop.weights import convert, stage
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +99,6 @@ def test_a_shipped_network_can_be_published(tmp_path):
 
 
 def test_the_page_shows_the_runs():
-    assert table() in PAGE.read_text()
+    assert results_table() in PAGE.read_text()
     assert {result.recipe for result in results()} >= {"preresnet20", *SHIP}
     assert all(len(result.top1) >= 2 for result in results())

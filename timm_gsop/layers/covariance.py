@@ -84,11 +84,9 @@ def position_covariance(x: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If ``x`` has neither three nor four dimensions.
     """
-    if torch.jit.is_scripting():  # knows neither autocast nor our checks
-        return _covariance(x.flatten(2).transpose(1, 2))
-    check_ndim("x", x, (3, 4), "(B, C, H, W) or (B, C, M)")
-    with autocast_disabled(x.device):
-        return _Covariance.apply(x.flatten(2).transpose(1, 2))
+    if not torch.jit.is_scripting():  # does not know our checks
+        check_ndim("x", x, (3, 4), "(B, C, H, W) or (B, C, M)")
+    return covariance_pool(x.flatten(2).transpose(1, 2))
 
 
 def triu_vectorize(mat: torch.Tensor) -> torch.Tensor:

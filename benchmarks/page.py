@@ -1,0 +1,20 @@
+"""Tables in Markdown, and the places of a page where they stand."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+__all__ = ["table", "update"]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def update(page: str, contents: Mapping[str, str]) -> str:
+    """Put texts between their markers, ``<!-- name -->`` and ``<!-- end -->``, and return the page."""
+    for name, text in contents.items():
+        begin, end = f"<!-- {name} -->\n", "<!-- end -->"
+        page = re.sub(f"(?s){begin}.*?{end}", lambda _, new=f"{begin}{text}\n{end}": new, page)
+    return page
