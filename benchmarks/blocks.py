@@ -12,7 +12,7 @@ import torch
 from timm.layers import create_attn
 from torch import nn
 
-from benchmarks.command_line import keep, parser
+from benchmarks.command_line import keep, parse, parser
 from benchmarks.paired import keep_freed_memory, machine, saved_bytes, seconds, time_paired
 from benchmarks.performance import blocks_table
 from benchmarks.textbook import EighPool2d, TextbookChannelGsop, TextbookIsqrtCovPool2d
@@ -126,7 +126,7 @@ def main() -> None:
     """The command line."""
     options = parser(__doc__, rounds=15)
     options.add_argument("--batch", type=int, help="images (default: 16 on a CPU, 256 on a GPU)")
-    args = options.parse_args()
+    args = parse(options)
     keep_freed_memory()
     result = measure(args.device, args.batch or (256 if args.device.type == "cuda" else 16), args.rounds)
     if args.json:

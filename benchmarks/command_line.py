@@ -8,13 +8,19 @@ from typing import Any
 
 import torch
 
-__all__ = ["keep", "parser"]
+__all__ = ["keep", "parse", "parser"]
 
 
 def parser(description: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
-    """``--json``; and with ``rounds``, the default for it, ``--rounds`` and ``--device``."""
+    """``--json``, ``--float32-products``; and with ``rounds``, the default for it, ``--rounds`` and ``--device``."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--json", type=Path, help="keep the figures in this file")
+    options.add_argument(
+        "--float32-products",
+        default="highest",
+        choices=("highest", "high", "medium"),
+        help="torch.set_float32_matmul_precision: covariances and square roots are such products",
+    )
     if rounds is not None:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         options.add_argument("--device", type=torch.device, default=default)
@@ -22,6 +28,13 @@ def parser(description: str | None, rounds: int | None = None) -> argparse.Argum
             "--rounds", type=int, default=rounds, help="how often each is timed (default: %(default)s)"
         )
     return options
+
+
+def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line, and set up PyTorch as it says."""
+    args = options.parse_args()
+    torch.set_float32_matmul_precision(args.float32_products)
+    return args
 
 
 def keep(result: Mapping[str, Any], path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.command_line import keep, parser
+from benchmarks.command_line import keep, parse, parser
 from benchmarks.paired import keep_freed_memory, machine, time_paired
 from timm_gsop.layers import ChannelGsop, GsopBlock, IsqrtCovPool2d, covariance_pool, newton_schulz_sqrt
 from timm_gsop.viz.figure import new_figure, save_figure
@@ -124,7 +124,7 @@ def main() -> None:
     """The command line."""
     options = parser(__doc__, rounds=15)
     options.add_argument("--figure", type=Path, help="draw them into this file")
-    args = options.parse_args()
+    args = parse(options)
     keep_freed_memory()
     result = measure(args.device, args.rounds)
     if args.json:

@@ -1,8 +1,8 @@
 """Time and memory of whole networks beside their peers: python -m benchmarks.models.
 
 The twin is the same ResNet-50 without blocks, its last stage not down-sampled either. On a CPU: batch 16, float32. On a
-GPU: batch 256, channels last, bfloat16 by autocast. ``--json`` keeps the figures for benchmarks.performance.
-Training has a third of the rounds.
+GPU: batch 256, bfloat16. Bfloat16 is by autocast, with channels last. Training has a third of the rounds. ``--json``
+keeps the figures for benchmarks.performance.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import timm_gsop
-from benchmarks.command_line import keep, parser
+from benchmarks.command_line import keep, parse, parser
 from benchmarks.cost import measure as measure_cost
 from benchmarks.paired import keep_freed_memory, machine, peak_bytes, time_paired
 from benchmarks.performance import models_table
@@ -48,10 +48,11 @@ WAYS = {
     "compiled": FEW,
     "compiled training": FEW,
 }
+DTYPES = ("float32", "bfloat16")
 
 
 def create(network: Network, device: torch.device, size: int) -> nn.Module:
-    """Create it, with statistics of some data, and with channels last on a GPU."""
+    """Create it, with statistics of some data."""
     model = timm.create_model(network.model, **network.kwargs).to(device).train()
     with torch.no_grad():
         model(torch.randn(4, 3, size, size, device=device))
@@ -59,44 +60,42 @@ def create(network: Network, device: torch.device, size: int) -> nn.Module:
         for module in model.modules():
             if isinstance(module, ChannelGsop):
                 module.squeeze = partial(checkpoint, module.squeeze, use_reentrant=False)
-    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
+    return model
 
 
 @torch.inference_mode()
-def infer(model: nn.Module, x: torch.Tensor) -> None:
+def infer(model: nn.Module, x: torch.Tensor, bfloat16: bool) -> None:
     """Run it on ``x``."""
-    with _autocast(x):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
         model(x)
 
 
-def train(model: nn.Module, x: torch.Tensor) -> None:
+def train(model: nn.Module, x: torch.Tensor, bfloat16: bool) -> None:
     """Run a training step without the optimizer's part: forward, backward."""
-    with _autocast(x):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
         loss = model(x).float().logsumexp(1).sum()
     loss.backward()
     model.zero_grad()
 
 
-def _autocast(x: torch.Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda")
-
-
-def measure(ways: Sequence[str], device: torch.device, batch: int, size: int, rounds: int) -> dict[str, Any]:
+def measure(
+    ways: Sequence[str], device: torch.device, dtype: str, batch: int, size: int, rounds: int
+) -> dict[str, Any]:
     """Time the networks in each way, relative to the twin."""
-    x = torch.randn(batch, 3, size, size, device=device)
-    if device.type == "cuda":
-        x = x.to(memory_format=torch.channels_last)
-    result: dict[str, Any] = dict(machine=machine(device), batch=batch, size=size, ways={}, cost={})
+    bfloat16 = dtype == "bfloat16"
+    layout = torch.channels_last if bfloat16 else torch.contiguous_format
+    x = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
+    result: dict[str, Any] = dict(machine=machine(device), dtype=dtype, batch=batch, size=size, ways={}, cost={})
     for way in ways:
         is_training = "training" in way
         works: dict[str, Callable[[], None]] = {}
         for name, network in WAYS[way].items():
-            model = create(network, device, size).train(is_training)
+            model = create(network, device, size).train(is_training).to(memory_format=layout)
             if way == "fused":
                 model = timm_gsop.fuse_conv_bn(model)
             elif way.startswith("compiled"):
                 model = torch.compile(model)
-            works[name] = partial(train if is_training else infer, model, x)
+            works[name] = partial(train if is_training else infer, model, x, bfloat16)
             result["cost"][name] = measure_cost(network.model, **network.kwargs)._asdict()
         timings = time_paired(works, "twin", max(5, rounds // 3) if is_training else rounds, device)
         result["ways"][way] = {name: timing._asdict() for name, timing in timings.items()}
@@ -111,12 +110,14 @@ def main() -> None:
     options = parser(__doc__, rounds=31)
     ways = ("inference", "fused", "training")
     options.add_argument("--ways", nargs="+", default=ways, choices=WAYS, help="compiling takes minutes on a CPU")
+    options.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     options.add_argument("--batch", type=int, help="images (default: 16 on a CPU, 256 on a GPU)")
     options.add_argument("--size", type=int, default=224, help="their height and width (default: %(default)s)")
-    args = options.parse_args()
+    args = parse(options)
     keep_freed_memory()
-    batch = args.batch or (256 if args.device.type == "cuda" else 16)
-    result = measure(args.ways, args.device, batch, args.size, args.rounds)
+    dtype, batch = ("bfloat16", 256) if args.device.type == "cuda" else ("float32", 16)
+    dtype, batch = args.dtype or dtype, args.batch or batch
+    result = measure(args.ways, args.device, dtype, batch, args.size, args.rounds)
     if args.json:
         keep(result, args.json)
     print(models_table(result))

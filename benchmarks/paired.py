@@ -135,6 +135,7 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
     return dict(
         device=name,
         threads=torch.get_num_threads(),
+        float32_products=torch.get_float32_matmul_precision(),
         capability=torch.backends.cpu.get_cpu_capability(),
         python=platform.python_version(),
         torch=torch.__version__,

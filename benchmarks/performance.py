@@ -104,6 +104,16 @@ def models_table(result: Mapping[str, Any], blocks: Mapping[str, Any] | None = N
     return table(header, lines)
 
 
+def bfloat16_table(exact: Mapping[str, Any], rounded: Mapping[str, Any]) -> str:
+    """Time relative to the twin, with products in float32, and with their operands rounded to bfloat16."""
+    lines = []
+    for way, timings in exact["ways"].items():
+        for name, timing in timings.items():
+            times = [milliseconds(timing["seconds"]), ratio(timing), ratio(rounded["ways"][way][name])]
+            lines.append([way, name, *times])
+    return table(["way", "network", "ms", "time / twin's", 'time / twin\'s, with `"medium"`'], lines)
+
+
 def about(result: Mapping[str, Any]) -> str:
     """The machine."""
     machine = result["machine"]
@@ -114,12 +124,16 @@ def about(result: Mapping[str, Any]) -> str:
 
 def contents() -> dict[str, str]:
     """What the page says, by the names of its markers."""
-    blocks, models = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("blocks", "models"))
+    blocks, models, exact, rounded = (
+        json.loads((RESULTS / f"{name}.json").read_text())
+        for name in ("blocks", "models", "models_bfloat16", "models_bfloat16_medium")
+    )
     return {
         "blocks": blocks_table(blocks),
         "blocks' machine": about(blocks),
         "models": models_table(models, blocks),
         "models' machine": about(models),
+        "bfloat16": bfloat16_table(exact, rounded),
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.command_line import keep, parser
+from benchmarks.command_line import keep, parse, parser
 from benchmarks.paired import machine
 from benchmarks.textbook import exact_root, plain_newton_schulz
 from timm_gsop.layers import newton_schulz_sqrt
@@ -97,7 +97,7 @@ def main() -> None:
     """The command line."""
     options = parser(__doc__)
     options.add_argument("--figure", type=Path, help="draw them into this file")
-    args = options.parse_args()
+    args = parse(options)
     result = measure()
     if args.json:
         keep(result, args.json)
