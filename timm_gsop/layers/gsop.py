@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from timm_gsop.layers.adaptive_pool import adaptive_avg_pool2d
 from timm_gsop.layers.channel_reduction import ChannelReduction
 from timm_gsop.layers.checks import check_batch_for_training, check_choice, check_ndim, check_positive_int
 from timm_gsop.layers.covariance import covariance_pool, position_covariance
@@ -15,7 +16,13 @@ __all__ = ["FUSIONS", "ChannelGsop", "CovarianceExcitation", "FusedGsop", "GsopB
 FUSIONS = ("avg", "max", "concat")
 
 # Leaves in torch.fx's graphs: within a trace, shapes are no numbers that they could test.
-for _leaf in ("check_batch_for_training", "check_ndim", "covariance_pool", "position_covariance"):
+for _leaf in (
+    "adaptive_avg_pool2d",
+    "check_batch_for_training",
+    "check_ndim",
+    "covariance_pool",
+    "position_covariance",
+):
     torch.fx.wrap(_leaf)
 
 
@@ -161,7 +168,7 @@ class PositionGsop(nn.Module):
 
     def squeeze(self, x: torch.Tensor) -> torch.Tensor:
         """Covariance between the positions of ``x``, reduced and pooled: (B, C, H, W) to (B, s², s²)."""
-        return self.covariance(F.adaptive_avg_pool2d(self.reduction(x), self.spatial_size))
+        return self.covariance(adaptive_avg_pool2d(self.reduction(x), self.spatial_size, self.spatial_size))
 
     def position_weights(self, x: torch.Tensor) -> torch.Tensor:
         """Weights between 0 and 1 of the positions of ``x``: (B, C, H, W) to (B, 1, H, W)."""

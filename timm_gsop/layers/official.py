@@ -10,9 +10,9 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from timm_gsop.layers.adaptive_pool import adaptive_avg_pool2d
 from timm_gsop.layers.checks import check_choice, check_positive_int
 from timm_gsop.layers.cov_pool import IsqrtCovPool2d
 from timm_gsop.layers.covariance import tril_vectorize
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 # Leaves in torch.fx's graphs: within a trace, shapes are no numbers that they could test.
-for _leaf in ("official_position_covariance", "tril_vectorize"):
+for _leaf in ("adaptive_avg_pool2d", "official_position_covariance", "tril_vectorize"):
     torch.fx.wrap(_leaf)
 
 
@@ -178,7 +178,7 @@ class OfficialPositionGsop(PositionGsop):
 
     def resize(self, weights: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Bring the map of weights to the size of the input by adaptive average pooling, up as well as down."""
-        return F.adaptive_avg_pool2d(weights, (height, width))
+        return adaptive_avg_pool2d(weights, height, width)
 
     def forward(self, x: torch.Tensor, shortcut: bool = False) -> torch.Tensor:
         """Scale the positions of ``x``, (B, C, H, W), and rectify; with ``shortcut``, add ``x``."""
