@@ -99,7 +99,7 @@ def measure(
             result["cost"][name] = measure_cost(network.model, **network.kwargs)._asdict()
         timings = time_paired(works, "twin", max(5, rounds // 3) if is_training else rounds, device)
         result["ways"][way] = {name: timing._asdict() for name, timing in timings.items()}
-        if way == "training":
+        if is_training:
             for name, work in works.items():
                 result["ways"][way][name]["peak_bytes"] = peak_bytes(work, device)
     return result
