@@ -41,13 +41,6 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("flavor", FLAVORS)
 def test_a_position_block_asks_no_gpu_for_what_it_refuses(flavor, deterministic):
     """The meta device stands for one: PyTorch has no deterministic gradient of adaptive pooling outside of the CPU."""

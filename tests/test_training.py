@@ -32,13 +32,6 @@ def trained(network: str, seed: int) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_same_seed_gives_the_same_weights_and_steps(network, deterministic):
     """To the bit, with every operation deterministic."""
