@@ -13,7 +13,7 @@ from timm.layers import create_attn
 from torch import nn
 
 from benchmarks.command_line import keep, parse, parser
-from benchmarks.paired import keep_freed_memory, machine, saved_bytes, seconds, time_paired
+from benchmarks.paired import machine, saved_bytes, seconds, time_paired
 from benchmarks.performance import blocks_table
 from benchmarks.textbook import EighPool2d, TextbookChannelGsop, TextbookIsqrtCovPool2d
 from timm_gsop.layers import ChannelGsop, GsopBlock, IsqrtCovPool2d
@@ -127,10 +127,8 @@ def main() -> None:
     options = parser(__doc__, rounds=15)
     options.add_argument("--batch", type=int, help="images (default: 16 on a CPU, 256 on a GPU)")
     args = parse(options)
-    keep_freed_memory()
     result = measure(args.device, args.batch or (256 if args.device.type == "cuda" else 16), args.rounds)
-    if args.json:
-        keep(result, args.json)
+    keep(result, args.json)
     print(blocks_table(result))
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.paired import keep_freed_memory
+
 __all__ = ["keep", "parse", "parser"]
 
 
@@ -31,12 +33,14 @@ def parser(description: str | None, rounds: int | None = None) -> argparse.Argum
 
 
 def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line, and set up PyTorch as it says."""
+    """Parse the command line, and set up the process for measuring as it says."""
     args = options.parse_args()
+    keep_freed_memory()
     torch.set_float32_matmul_precision(args.float32_products)
     return args
 
 
-def keep(result: Mapping[str, Any], path: Path) -> None:
-    """Write figures as JSON."""
-    path.write_text(json.dumps(result, indent=1) + "\n")
+def keep(result: Mapping[str, Any], path: Path | None) -> None:
+    """Write figures as JSON, if there is a path to write them to."""
+    if path:
+        path.write_text(json.dumps(result, indent=1) + "\n")

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.command_line import keep, parse, parser
-from benchmarks.paired import keep_freed_memory, machine, time_paired
+from benchmarks.paired import machine, time_paired
 from timm_gsop.layers import ChannelGsop, GsopBlock, IsqrtCovPool2d, covariance_pool, newton_schulz_sqrt
 from timm_gsop.viz.figure import new_figure, save_figure
 
@@ -125,10 +125,8 @@ def main() -> None:
     options = parser(__doc__, rounds=15)
     options.add_argument("--figure", type=Path, help="draw them into this file")
     args = parse(options)
-    keep_freed_memory()
     result = measure(args.device, args.rounds)
-    if args.json:
-        keep(result, args.json)
+    keep(result, args.json)
     if args.figure:
         draw(result, args.figure)
     for by, curves in result["growths"].items():

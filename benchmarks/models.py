@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import timm_gsop
 from benchmarks.command_line import keep, parse, parser
 from benchmarks.cost import measure as measure_cost
-from benchmarks.paired import keep_freed_memory, machine, peak_bytes, time_paired
+from benchmarks.paired import machine, peak_bytes, time_paired
 from benchmarks.performance import models_table
 from timm_gsop.layers import ChannelGsop
 
@@ -85,7 +85,7 @@ def measure(
     bfloat16 = dtype == "bfloat16"
     layout = torch.channels_last if bfloat16 else torch.contiguous_format
     x = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
-    result: dict[str, Any] = dict(machine=machine(device), dtype=dtype, batch=batch, size=size, ways={}, cost={})
+    result: dict[str, Any] = dict(machine=machine(device), dtype=dtype, batch=batch, size=size, ways={})
     for way in ways:
         is_training = "training" in way
         works: dict[str, Callable[[], None]] = {}
@@ -96,12 +96,13 @@ def measure(
             elif way.startswith("compiled"):
                 model = torch.compile(model)
             works[name] = partial(train if is_training else infer, model, x, bfloat16)
-            result["cost"][name] = measure_cost(network.model, **network.kwargs)._asdict()
         timings = time_paired(works, "twin", max(5, rounds // 3) if is_training else rounds, device)
         result["ways"][way] = {name: timing._asdict() for name, timing in timings.items()}
         if is_training:
             for name, work in works.items():
                 result["ways"][way][name]["peak_bytes"] = peak_bytes(work, device)
+    measured = {name: network for way in ways for name, network in WAYS[way].items()}
+    result["cost"] = {name: measure_cost(n.model, **n.kwargs)._asdict() for name, n in measured.items()}
     return result
 
 
@@ -114,12 +115,10 @@ def main() -> None:
     options.add_argument("--batch", type=int, help="images (default: 16 on a CPU, 256 on a GPU)")
     options.add_argument("--size", type=int, default=224, help="their height and width (default: %(default)s)")
     args = parse(options)
-    keep_freed_memory()
     dtype, batch = ("bfloat16", 256) if args.device.type == "cuda" else ("float32", 16)
     dtype, batch = args.dtype or dtype, args.batch or batch
     result = measure(args.ways, args.device, dtype, batch, args.size, args.rounds)
-    if args.json:
-        keep(result, args.json)
+    keep(result, args.json)
     print(models_table(result))
 
 

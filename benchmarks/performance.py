@@ -1,4 +1,4 @@
-"""The tables and figures of docs/performance.md from the kept figures: python -m benchmarks.performance."""
+"""The tables of docs/performance.md from the kept figures: python -m benchmarks.performance."""
 
 import json
 from collections.abc import Mapping
@@ -79,9 +79,10 @@ def models_table(result: Mapping[str, Any], blocks: Mapping[str, Any] | None = N
     lines = []
     twin_macs, twin_params = (result["cost"]["twin"][key] for key in ("macs", "params"))
     for way, timings in result["ways"].items():
+        floor_of = floors(blocks, "training" in way) if blocks else {}
         for name, timing in timings.items():
             cost, target = result["cost"][name], TARGETS.get(way, {}).get(name)
-            least = floors(blocks, "training" in way).get(name) if blocks else None
+            least = floor_of.get(name)
             floor = f"{1 + least / timings['twin']['seconds']:.3f}×" if least else ""
             memory = ""
             if "peak_bytes" in timing:

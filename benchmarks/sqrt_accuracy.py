@@ -99,8 +99,7 @@ def main() -> None:
     options.add_argument("--figure", type=Path, help="draw them into this file")
     args = parse(options)
     result = measure()
-    if args.json:
-        keep(result, args.json)
+    keep(result, args.json)
     if args.figure:
         draw(result, args.figure)
     for n in ITERATIONS:
