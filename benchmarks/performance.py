@@ -14,6 +14,7 @@ PEERS = {
     "block": {"textbook": "textbook", "se": "SE", "cbam": "CBAM", "eca": "ECA", "gc": "GC"},
     "head": {"textbook": "textbook", "eigh": "`eigh`"},
 }
+PARTS = {"blocks": "four blocks", "head": "head", "row_conv": "excitation"}
 TARGETS = {
     "inference": {"gsop_resnet50_net1": 1.06, "gsop_resnet50_net2": 1.11},
     "training": {"gsop_resnet50_net1": 1.07, "gsop_resnet50_net2": 1.13},
@@ -26,9 +27,9 @@ def ratio(timing: Mapping[str, float], digits: int = 2) -> str:
     return f"{timing['ratio']:.{digits}f}× ({timing['low']:.{digits}f}–{timing['high']:.{digits}f})"
 
 
-def milliseconds(seconds: float) -> str:
-    """With one decimal."""
-    return f"{1e3 * seconds:.1f}"
+def milliseconds(seconds: float, digits: int = 1) -> str:
+    """Of seconds."""
+    return f"{1e3 * seconds:.{digits}f}"
 
 
 def megabytes(count: float) -> str:
@@ -115,6 +116,18 @@ def bfloat16_table(exact: Mapping[str, Any], rounded: Mapping[str, Any]) -> str:
     return table(["way", "network", "ms", "time / twin's", 'time / twin\'s, with `"medium"`'], lines)
 
 
+def pieces_table(exact: Mapping[str, Any], rounded: Mapping[str, Any] | None = None) -> str:
+    """Each piece by itself; beside it, if given, with operands of float32 products rounded to bfloat16."""
+    results = [exact, rounded] if rounded else [exact]
+    header = ["of", "piece", "ms", 'ms, with `"medium"`'][: 2 + len(results)]
+    rows = [
+        [label, name, *(milliseconds(result[part][name], 2) for result in results)]
+        for part, label in PARTS.items()
+        for name in exact[part]
+    ]
+    return table(header, rows)
+
+
 def about(result: Mapping[str, Any]) -> str:
     """The machine."""
     machine = result["machine"]
@@ -125,9 +138,9 @@ def about(result: Mapping[str, Any]) -> str:
 
 def contents() -> dict[str, str]:
     """What the page says, by the names of its markers."""
-    blocks, models, exact, rounded = (
-        json.loads((RESULTS / f"{name}.json").read_text())
-        for name in ("blocks", "models", "models_bfloat16", "models_bfloat16_medium")
+    files = ("blocks", "models", "models_bfloat16", "models_bfloat16_medium", "pieces", "pieces_medium")
+    blocks, models, exact, rounded, pieces, pieces_rounded = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in files
     )
     return {
         "blocks": blocks_table(blocks),
@@ -135,6 +148,7 @@ def contents() -> dict[str, str]:
         "models": models_table(models, blocks),
         "models' machine": about(models),
         "bfloat16": bfloat16_table(exact, rounded),
+        "pieces": pieces_table(pieces, pieces_rounded),
     }
 
 
