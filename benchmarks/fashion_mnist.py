@@ -26,7 +26,7 @@ from benchmarks.command_line import keep
 from benchmarks.cost import Cost, measure
 from benchmarks.page import table, update
 from benchmarks.paired import keep_freed_memory, machine, time_paired
-from timm_gsop.summary import read_summary
+from timm_gsop.viz.summary import read_summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/fashion_mnist"

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import timm_gsop
 from benchmarks.command_line import keep, parse, parser
 from benchmarks.cost import measure as measure_cost
 from benchmarks.paired import machine, peak_bytes, time_paired
@@ -43,7 +42,6 @@ ALL = {
 RECOMPUTING = "gsop_resnet50_net1, covariances computed again for the gradient"
 WAYS = {
     "inference": ALL,
-    "fused": FEW,
     "training": {**ALL, RECOMPUTING: Network("gsop_resnet50_net1.untrained", recomputes=True)},
     "compiled": FEW,
     "compiled training": FEW,
@@ -91,9 +89,7 @@ def measure(
         works: dict[str, Callable[[], None]] = {}
         for name, network in WAYS[way].items():
             model = create(network, device, size).train(is_training).to(memory_format=layout)
-            if way == "fused":
-                model = timm_gsop.fuse_conv_bn(model)
-            elif way.startswith("compiled"):
+            if way.startswith("compiled"):
                 model = torch.compile(model)
             works[name] = partial(train if is_training else infer, model, x, bfloat16)
         timings = time_paired(works, "twin", max(5, rounds // 3) if is_training else rounds, device)
@@ -109,7 +105,7 @@ def measure(
 def main() -> None:
     """The command line."""
     options = parser(__doc__, rounds=31)
-    ways = ("inference", "fused", "training")
+    ways = ("inference", "training")
     options.add_argument("--ways", nargs="+", default=ways, choices=WAYS, help="compiling takes minutes on a CPU")
     options.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     options.add_argument("--batch", type=int, help="images (default: 16 on a CPU, 256 on a GPU)")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from timm.utils import ParseKwargs
 
-from timm_gsop.weights.convert import SOURCES, convert
+from timm_gsop.hub.conversion import SOURCES, convert
 
 
 def main() -> None:

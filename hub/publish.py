@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from timm_gsop.weights.publish import publish, stage
+from timm_gsop.hub.publishing import publish, stage
 
 FIGURE = Path(__file__).parents[1] / "docs/figures/architecture.png"
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from timm_gsop.summary import read_summary
 from timm_gsop.viz import draw_curves
 from timm_gsop.viz.__main__ import main
 from timm_gsop.viz.curves import _name
+from timm_gsop.viz.summary import read_summary
 
 HEADER = "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr"
 

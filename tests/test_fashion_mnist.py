@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from benchmarks.fashion_mnist import PAGE, SHIP, SHIPPED, results, results_table, sample
-from timm_gsop.weights import convert, stage
+from timm_gsop.hub import convert, stage
 
 ROOT = Path(__file__).parents[1]
 # Of the 500 stored ones, which are the first of the test set; of all 10 000 the configuration tells.

@@ -12,8 +12,8 @@ import timm
 import torch
 
 from tests.hub_server import TOKEN, HubServer
-from tests.test_weights import NARROW, in_their_names, isqrt_resnet, randomize
-from timm_gsop.weights.hub_folder import save_hub_folder
+from tests.test_conversion import NARROW, in_their_names, isqrt_resnet, randomize
+from timm_gsop.hub.hub_folder import save_hub_folder
 
 ROOT = Path(__file__).parents[1]
 REPO = "timm-gsop/gsop_resnet50_net2.isqrt_in1k"  # where the bare name looks

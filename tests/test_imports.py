@@ -10,17 +10,15 @@ FILES = sorted((ROOT / "timm_gsop").rglob("*.py"))
 
 # Each part of the package, and the parts that it may import.
 ALLOWED = {
-    "__init__": {"fuse", "insert", "layers", "models"},
-    "data": {"layers"},
-    "evaluation_mode": set(),
-    "fuse": set(),
-    "insert": {"evaluation_mode", "layers"},
-    "layers": {"layers"},
-    "models": {"insert", "layers", "models", "pretrained"},
-    "pretrained": {"layers", "pretrained"},
-    "summary": set(),
-    "viz": {"evaluation_mode", "layers", "summary", "viz"},
-    "weights": {"layers", "models", "pretrained", "summary", "weights"},
+    "__init__": {"insert", "layers", "models"},
+    "checks": set(),
+    "data": {"checks"},
+    "hub": {"checks", "hub", "layers", "models", "pretrained", "viz"},
+    "insert": {"checks", "layers"},
+    "layers": {"checks", "layers"},
+    "models": {"checks", "insert", "layers", "models", "pretrained"},
+    "pretrained": {"checks", "layers", "pretrained"},
+    "viz": {"insert", "layers", "viz"},
 }
 
 

@@ -9,7 +9,7 @@ import timm
 import torch
 from timm.models import PretrainedCfg
 
-from tests.test_weights import NARROW, assert_same_function, in_their_names, isqrt_resnet
+from tests.test_conversion import NARROW, assert_same_function, in_their_names, isqrt_resnet
 from timm_gsop.pretrained.locate import HUB_ORGANISATION, locate_weights
 
 SMALL = dict(NARROW, cov_dim=8, isqrt_dim=6)

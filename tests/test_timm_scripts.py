@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from benchmarks.fashion_mnist import sample
-from timm_gsop.summary import read_summary
+from timm_gsop.viz.summary import read_summary
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = os.environ.get("TIMM_SCRIPTS")

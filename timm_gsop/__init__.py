@@ -3,7 +3,6 @@
 import timm  # noqa: F401  # first: it may trigger our autoload, which must not find us half imported
 
 from timm_gsop import models
-from timm_gsop.fuse import fuse_conv_bn
 from timm_gsop.insert import insert_gsop
 from timm_gsop.layers import (
     ChannelGsop,
@@ -31,7 +30,6 @@ __all__ = [
     "__version__",
     "covariance_pool",
     "eigh_power",
-    "fuse_conv_bn",
     "insert_gsop",
     "models",
     "newton_schulz_sqrt",

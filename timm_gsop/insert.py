@@ -1,17 +1,17 @@
 """GSoP blocks in any timm model whose feature maps are (B, C, H, W)."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from timm.layers import get_device_dtype
 from torch import nn
 
-from timm_gsop.evaluation_mode import evaluation_mode
 from timm_gsop.layers import GsopBlock, check_gsop, create_gsop
 
-__all__ = ["attach_gsop", "insert_gsop"]
+__all__ = ["attach_gsop", "evaluation_mode", "insert_gsop"]
 
 CHILD = "gsop"  # the name that a block has in the module after which, or before which, it stands
 
@@ -32,7 +32,7 @@ def insert_gsop(
 
     Args:
         model: A timm model with ``feature_info``; also one created with ``features_only=True``.
-        gsop_type: Kind of the blocks, see :func:`timm_gsop.layers.create_gsop`.
+        gsop_type: Kind of the blocks, see :func:`timm_gsop.layers.factory`.
         stages: Indices into the model's ``feature_info``, as timm's ``out_indices``; None for all whose stride is at
             least 4, which leaves the stem out.
         cov_dim: Channels after reduction in a block.
@@ -235,3 +235,15 @@ def attach_gsop(block: nn.Module, module: nn.Module, in_front: bool = False) -> 
 def apply_gsop(self, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
     """Forward hook: pass a module's output through its child ``gsop``."""
     return self.gsop(output)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation, and every module of it back into its own mode at the end, whatever happens."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from timm.data import ImageNetInfo, get_img_extensions
 
-from timm_gsop.layers.checks import check_positive_int
+from timm_gsop.checks import check_positive_int
 
 __all__ = ["draw_classes", "list_images"]
 

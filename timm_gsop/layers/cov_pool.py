@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from timm_gsop.checks import check_ndim, check_positive_int
 from timm_gsop.layers.channel_reduction import ChannelReduction
-from timm_gsop.layers.checks import check_ndim, check_positive_int
 from timm_gsop.layers.covariance import covariance_pool, triu_vectorize
 from timm_gsop.layers.matrix_sqrt import eigh_power, newton_schulz_sqrt
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from timm_gsop.layers.checks import check_ndim, check_square
+from timm_gsop.checks import check_ndim, check_square
 from timm_gsop.layers.precision import autocast_disabled
 
 __all__ = ["covariance_pool", "position_covariance", "tril_vectorize", "triu_vectorize"]

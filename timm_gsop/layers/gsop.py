@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from timm_gsop.checks import check_batch_for_training, check_choice, check_ndim, check_positive_int
 from timm_gsop.layers.adaptive_pool import adaptive_avg_pool2d
 from timm_gsop.layers.channel_reduction import ChannelReduction
-from timm_gsop.layers.checks import check_batch_for_training, check_choice, check_ndim, check_positive_int
 from timm_gsop.layers.covariance import covariance_pool, position_covariance
 from timm_gsop.layers.pointwise_conv import PointwiseConv2d
 from timm_gsop.layers.row_conv import RowConv2d

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from timm_gsop.layers.checks import check_positive, check_positive_int, check_square
+from timm_gsop.checks import check_positive, check_positive_int, check_square
 from timm_gsop.layers.precision import at_least_float32, autocast_disabled
 
 __all__ = ["eigh_power", "newton_schulz_sqrt"]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from timm_gsop.checks import check_choice, check_positive_int
 from timm_gsop.layers.adaptive_pool import adaptive_avg_pool2d
-from timm_gsop.layers.checks import check_choice, check_positive_int
 from timm_gsop.layers.cov_pool import IsqrtCovPool2d
 from timm_gsop.layers.covariance import tril_vectorize
 from timm_gsop.layers.gsop import ChannelGsop, CovarianceExcitation, FusedGsop, PositionGsop

@@ -6,8 +6,8 @@ import torch
 from timm.layers import create_classifier, get_device_dtype
 from torch import nn
 
+from timm_gsop.checks import check_choice, check_positive_int
 from timm_gsop.layers import IsqrtCovPool2d, MpnCovPool2d, OfficialIsqrtCovPool2d
-from timm_gsop.layers.checks import check_choice, check_positive_int
 
 __all__ = ["GLOBAL_POOLS", "GlobalPoolMixin", "init_our_weights"]
 

@@ -16,8 +16,8 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
+from timm_gsop.checks import check_choice, check_positive_int, check_stages
 from timm_gsop.layers import GsopBlock, check_gsop, create_gsop
-from timm_gsop.layers.checks import check_choice, check_positive_int, check_stages
 from timm_gsop.models.build import build_model
 from timm_gsop.models.global_pool import GlobalPoolMixin, init_our_weights
 from timm_gsop.models.last_stride import remove_stride

@@ -16,14 +16,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from timm_gsop.checks import check_choice, check_stages
 from timm_gsop.layers import GsopBlock, IsqrtCovPool2d, OfficialIsqrtCovPool2d, check_gsop, create_gsop
-from timm_gsop.layers.checks import check_choice, check_stages
 from timm_gsop.models.build import build_model
 from timm_gsop.models.global_pool import GlobalPoolMixin, init_our_weights
 from timm_gsop.models.last_stride import remove_stride
 from timm_gsop.pretrained.checkpoint import Weights
 from timm_gsop.pretrained.locate import hub_id
-from timm_gsop.pretrained.neutral_start import neutral_start
+from timm_gsop.pretrained.neutral import neutral_start
 from timm_gsop.pretrained.released import ISQRT_ITERS, from_fast_mpn_cov, is_fast_mpn_cov, to_lower_triangle
 
 __all__ = ["GsopResNet", "checkpoint_filter_fn"]  # register_model adds the entry points

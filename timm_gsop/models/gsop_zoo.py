@@ -25,9 +25,9 @@ from timm.models.densenet import DenseNet
 from timm.models.inception_v3 import InceptionV3
 from timm.models.resnet import Bottleneck
 
+from timm_gsop.checks import check_choice, check_stages
 from timm_gsop.insert import attach_gsop
 from timm_gsop.layers import GsopBlock, check_gsop, create_gsop
-from timm_gsop.layers.checks import check_choice, check_stages
 from timm_gsop.models.build import build_model
 from timm_gsop.models.global_pool import GlobalPoolMixin
 from timm_gsop.models.gsop_resnet import GsopResNet

@@ -15,7 +15,7 @@ from timm.models import get_model_input_config
 from timm.utils import ParseKwargs
 from torch import nn
 
-from timm_gsop.evaluation_mode import evaluation_mode
+from timm_gsop.insert import evaluation_mode
 from timm_gsop.layers import ChannelGsop, IsqrtCovPool2d, MpnCovPool2d, PositionGsop
 from timm_gsop.viz.figure import new_figure, save_figure
 

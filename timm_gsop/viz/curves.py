@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timm_gsop.summary import Summary, read_summary
 from timm_gsop.viz.figure import new_figure, save_figure
+from timm_gsop.viz.summary import Summary, read_summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ def draw_curves(runs: Mapping[str, Summary]) -> "Figure":
     """Draw runs: validation error, and loss in training (dashed) and validation, against the epoch.
 
     Args:
-        runs: What :func:`timm_gsop.summary.read_summary` returned, by the name that the legend gives it.
+        runs: What :func:`timm_gsop.viz.summary.read_summary` returned, by the name that the legend gives it.
 
     Raises:
         ModuleNotFoundError: Without matplotlib.

@@ -12,9 +12,9 @@ import timm
 import torch
 import yaml
 
-from tests.test_weights import NARROW
-from timm_gsop.weights import publish, stage
-from timm_gsop.weights.hub_folder import check_hub_folder, save_hub_folder
+from tests.test_conversion import NARROW
+from timm_gsop.hub import publish, stage
+from timm_gsop.hub.hub_folder import check_hub_folder, save_hub_folder
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs/figures/architecture.png"

@@ -11,8 +11,8 @@ from huggingface_hub import ModelCardData
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_gsop.summary import read_summary
-from timm_gsop.weights.hub_folder import HubFolder
+from timm_gsop.hub.hub_folder import HubFolder
+from timm_gsop.viz.summary import read_summary
 
 __all__ = ["model_card"]
 

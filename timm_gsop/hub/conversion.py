@@ -11,13 +11,13 @@ from timm.models import PretrainedCfg, get_pretrained_cfg
 from timm.models.resnet import ResNet
 from torch import nn
 
-from timm_gsop.layers.checks import check_choice
+from timm_gsop.checks import check_choice
+from timm_gsop.hub.hub_folder import check_new_folder, is_ours, save_hub_folder
 from timm_gsop.models import GsopResNet
 from timm_gsop.models.gsop_resnet import checkpoint_filter_fn, default_cfgs
 from timm_gsop.pretrained.checkpoint import load_exactly, read_checkpoint
 from timm_gsop.pretrained.locate import is_origin
 from timm_gsop.pretrained.released import Released, from_fast_mpn_cov, from_gsop
-from timm_gsop.weights.hub_folder import check_new_folder, is_ours, save_hub_folder
 
 __all__ = ["SOURCES", "convert"]
 
@@ -41,7 +41,7 @@ def convert(
         checkpoint: A file; from timm, also the name of a model with pretrained weights.
         folder: Where to write; it must not exist, or be empty. Nothing is left there if anything fails.
         model_name: The network to make, where it is not the one in the checkpoint: a GSoP ResNet, whose additional
-            blocks start neutral (see :func:`timm_gsop.weights.neutral_start`). From timm, only one of our own networks
+            blocks start neutral (see :func:`timm_gsop.hub.neutral_start`). From timm, only one of our own networks
             is saved without it, with its pretrained weights.
         model_kwargs: Arguments of the network, besides what the checkpoint shows.
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
 
-from timm_gsop.weights.hub_folder import check_hub_folder, check_new_folder
-from timm_gsop.weights.model_card import model_card
+from timm_gsop.hub.hub_folder import check_hub_folder, check_new_folder
+from timm_gsop.hub.model_card import model_card
 
 __all__ = ["publish", "stage"]
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_gsop.layers.checks import check_choice, check_positive_int
+from timm_gsop.checks import check_choice, check_positive_int
 from timm_gsop.layers.gsop import FUSIONS, ChannelGsop, FusedGsop, PositionGsop
 from timm_gsop.layers.official import OfficialChannelGsop, OfficialFusedGsop, OfficialPositionGsop
 

@@ -14,10 +14,10 @@ import torch
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
+from timm_gsop.hub import convert, neutral_start
 from timm_gsop.layers import GSOP_TYPES
 from timm_gsop.pretrained.checkpoint import load_exactly, read_checkpoint
 from timm_gsop.pretrained.released import from_gsop
-from timm_gsop.weights import convert, neutral_start
 
 ROOT = Path(__file__).parents[1]
 NARROW = dict(channels=(16, 32, 64, 128))  # the official concatenation wants 64·2^k channels after expansion
