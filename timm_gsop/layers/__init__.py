@@ -4,6 +4,7 @@ from timm_gsop.layers.cov_pool import IsqrtCovPool2d, MpnCovPool2d
 from timm_gsop.layers.covariance import covariance_pool, position_covariance, triu_vectorize
 from timm_gsop.layers.factory import FLAVORS, GSOP_TYPES, check_gsop, create_gsop
 from timm_gsop.layers.gsop import ChannelGsop, CovarianceExcitation, FusedGsop, GsopBlock, PositionGsop
+from timm_gsop.layers.half_gate import NEUTRAL_SCALE, start_at_half
 from timm_gsop.layers.matrix_sqrt import eigh_power, newton_schulz_sqrt
 from timm_gsop.layers.official import (
     OfficialChannelGsop,
@@ -15,6 +16,7 @@ from timm_gsop.layers.official import (
 __all__ = [
     "FLAVORS",
     "GSOP_TYPES",
+    "NEUTRAL_SCALE",
     "ChannelGsop",
     "CovarianceExcitation",
     "FusedGsop",
@@ -32,5 +34,6 @@ __all__ = [
     "eigh_power",
     "newton_schulz_sqrt",
     "position_covariance",
+    "start_at_half",
     "triu_vectorize",
 ]

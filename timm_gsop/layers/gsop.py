@@ -271,12 +271,15 @@ class GsopBlock(nn.Module):
 
     Args:
         gsop: The scaling layer, which can add the shortcut itself, more cheaply: a :class:`ChannelGsop`, for one.
+        scale: Factor on the output. With 2/3, a block all of whose weights are one half is the identity.
     """
 
-    def __init__(self, gsop: nn.Module) -> None:
+    def __init__(self, gsop: nn.Module, scale: float = 1.0) -> None:
         super().__init__()
         self.gsop = gsop
+        self.scale = scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x + gsop(x)``, (B, C, H, W)."""
-        return self.gsop(x, shortcut=True)
+        """Return ``scale * (x + gsop(x))``, (B, C, H, W)."""
+        x = self.gsop(x, shortcut=True)
+        return x if self.scale == 1.0 else x * self.scale

@@ -6,8 +6,7 @@ import torch
 from timm.models.resnet import ResNet
 from torch import nn
 
-from timm_gsop.layers import ChannelGsop, FusedGsop, GsopBlock, OfficialFusedGsop, OfficialPositionGsop, PositionGsop
-from timm_gsop.layers.gsop import Concatenation
+from timm_gsop.layers import ChannelGsop, FusedGsop, GsopBlock, PositionGsop, start_at_half
 from timm_gsop.pretrained.checkpoint import Weights
 
 __all__ = ["neutral_start"]
@@ -52,7 +51,7 @@ def neutral_start(model: ResNet, weights: Weights) -> Weights:
         if any(name.startswith(block) for name in weights):
             continue
         gsop = model.get_submodule(block[:-1])
-        _silence(gsop)
+        start_at_half(gsop)
         for name, factor in scaled.items():
             if name not in weights:
                 raise ValueError(f"The weights have no {name}, which a neutral start of {block[:-1]} scales.")
@@ -70,22 +69,3 @@ def _readers(model: Any, stage: int) -> list[str]:
     if hasattr(model.global_pool, "reduction"):
         return ["global_pool.reduction.conv.weight"]
     return ["fc.weight"] if model.num_classes > 0 else []
-
-
-def _silence(gsop: nn.Module) -> None:
-    """Let a layer scale by one half, whatever its input."""
-    if isinstance(gsop, OfficialPositionGsop | OfficialFusedGsop):
-        raise ValueError(
-            "flavor='official' with position-wise blocks cannot start neutral, for they rectify or normalize what they "
-            "scaled; accepted: gsop_type='channel', or flavor='paper'."
-        )
-    if isinstance(gsop, FusedGsop):
-        _silence(gsop.channel)
-        _silence(gsop.position)
-        if isinstance(gsop.fuse, Concatenation):
-            halves = torch.eye(gsop.fuse.conv.out_channels)[:, :, None, None] / 2
-            gsop.fuse.conv.weight.copy_(torch.cat([halves, halves], dim=1))
-            nn.init.zeros_(gsop.fuse.conv.bias)  # type: ignore[arg-type]
-    elif isinstance(gsop, ChannelGsop | PositionGsop):
-        nn.init.zeros_(gsop.excitation.expand_conv.weight)
-        nn.init.zeros_(gsop.excitation.expand_conv.bias)  # type: ignore[arg-type]
