@@ -1,5 +1,6 @@
 """Second-order pooling as layers, and the functions behind them."""
 
+from timm_gsop.layers.bilinear_pool import BilinearPool2d, CompactBilinearPool2d, bilinear_pool, compact_bilinear_pool
 from timm_gsop.layers.cov_pool import IsqrtCovPool2d, MpnCovPool2d
 from timm_gsop.layers.covariance import covariance_pool, position_covariance, triu_vectorize
 from timm_gsop.layers.factory import FLAVORS, GSOP_TYPES, check_gsop, create_gsop
@@ -17,7 +18,9 @@ __all__ = [
     "FLAVORS",
     "GSOP_TYPES",
     "NEUTRAL_SCALE",
+    "BilinearPool2d",
     "ChannelGsop",
+    "CompactBilinearPool2d",
     "CovarianceExcitation",
     "FusedGsop",
     "GsopBlock",
@@ -28,7 +31,9 @@ __all__ = [
     "OfficialIsqrtCovPool2d",
     "OfficialPositionGsop",
     "PositionGsop",
+    "bilinear_pool",
     "check_gsop",
+    "compact_bilinear_pool",
     "covariance_pool",
     "create_gsop",
     "eigh_power",
