@@ -4,7 +4,7 @@ from timm_gsop.layers.bilinear_pool import BilinearPool2d, CompactBilinearPool2d
 from timm_gsop.layers.cov_pool import IsqrtCovPool2d, MpnCovPool2d
 from timm_gsop.layers.covariance import covariance_pool, position_covariance, triu_vectorize
 from timm_gsop.layers.factory import FLAVORS, GSOP_TYPES, check_gsop, create_gsop
-from timm_gsop.layers.gsop import ChannelGsop, CovarianceExcitation, FusedGsop, GsopBlock, PositionGsop
+from timm_gsop.layers.gsop import ChannelGsop, CovarianceExcitation, FusedGsop, Gsop, GsopBlock, PositionGsop
 from timm_gsop.layers.half_gate import NEUTRAL_SCALE, start_at_half
 from timm_gsop.layers.matrix_sqrt import eigh_power, newton_schulz_sqrt
 from timm_gsop.layers.official import (
@@ -23,6 +23,7 @@ __all__ = [
     "CompactBilinearPool2d",
     "CovarianceExcitation",
     "FusedGsop",
+    "Gsop",
     "GsopBlock",
     "IsqrtCovPool2d",
     "MpnCovPool2d",
