@@ -13,11 +13,13 @@ from timm_gsop.layers.official import (
     OfficialIsqrtCovPool2d,
     OfficialPositionGsop,
 )
+from timm_gsop.layers.pool_factory import SECOND_ORDER_POOLS, check_second_order_pool, create_second_order_pool
 
 __all__ = [
     "FLAVORS",
     "GSOP_TYPES",
     "NEUTRAL_SCALE",
+    "SECOND_ORDER_POOLS",
     "BilinearPool2d",
     "ChannelGsop",
     "CompactBilinearPool2d",
@@ -34,9 +36,11 @@ __all__ = [
     "PositionGsop",
     "bilinear_pool",
     "check_gsop",
+    "check_second_order_pool",
     "compact_bilinear_pool",
     "covariance_pool",
     "create_gsop",
+    "create_second_order_pool",
     "eigh_power",
     "newton_schulz_sqrt",
     "position_covariance",

@@ -6,15 +6,15 @@ import torch
 from timm.layers import create_classifier, get_device_dtype
 from torch import nn
 
-from timm_gsop.checks import check_choice, check_positive_int
-from timm_gsop.layers import IsqrtCovPool2d, MpnCovPool2d, OfficialIsqrtCovPool2d
+from timm_gsop.checks import check_choice
+from timm_gsop.layers import SECOND_ORDER_POOLS, check_second_order_pool, create_second_order_pool
 
 __all__ = ["GLOBAL_POOLS", "GlobalPoolMixin", "init_our_weights"]
 
 GLOBAL_POOLS = (
     *("", "avg", "max", "avgmax", "catavgmax"),
     *("fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax"),
-    *("isqrt", "mpn"),
+    *SECOND_ORDER_POOLS,
 )
 
 
@@ -40,6 +40,7 @@ class GlobalPoolMixin:
         isqrt_iters: int | None,
         flavor: str,
         *,
+        compact_bilinear_dim: int = 8192,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -48,21 +49,21 @@ class GlobalPoolMixin:
         Args:
             num_classes: Number of classes, 0 for none.
             global_pool: One of ``GLOBAL_POOLS``.
-            isqrt_dim: Channels after reduction in covariance pooling.
+            isqrt_dim: Channels after reduction in covariance pooling and in ``"bilinear"``.
             isqrt_iters: Newton–Schulz iterations; None for the flavor's own.
             flavor: ``"paper"`` or ``"official"``.
+            compact_bilinear_dim: Features of ``"compact_bilinear"``.
             device: Device of the weights.
             dtype: Precision of the weights.
 
         Raises:
-            ValueError: If ``global_pool`` is unknown, or ``isqrt_dim`` or ``isqrt_iters`` < 1.
+            ValueError: If ``global_pool`` is unknown, or a number < 1.
         """
-        check_positive_int("isqrt_dim", isqrt_dim)
-        if isqrt_iters is not None:
-            check_positive_int("isqrt_iters", isqrt_iters)
+        check_second_order_pool(isqrt_dim, isqrt_iters, compact_bilinear_dim)
         self.isqrt_dim = isqrt_dim
         self.isqrt_iters = isqrt_iters
         self.flavor = flavor
+        self.compact_bilinear_dim = compact_bilinear_dim
         self.global_pool: Any = nn.Identity()
         self._set_global_pool(num_classes, global_pool, device=device, dtype=dtype)
 
@@ -81,9 +82,10 @@ class GlobalPoolMixin:
 
     def _set_global_pool(self, num_classes: int, pool_type: str, **dd: Any) -> None:
         check_choice("global_pool", pool_type, GLOBAL_POOLS)
-        if pool_type in ("isqrt", "mpn"):
+        if pool_type in SECOND_ORDER_POOLS:
             if not self._has_pool(pool_type):
-                self.global_pool = self._create_cov_pool(pool_type, **dd)
+                options = (self.isqrt_dim, self.isqrt_iters, self.compact_bilinear_dim, self.flavor)
+                self.global_pool = create_second_order_pool(pool_type, self.num_features, *options, **dd)
             self.head_hidden_size = self.global_pool.out_features
             _, classifier = create_classifier(self.head_hidden_size, num_classes, **dd)
         else:
@@ -96,15 +98,7 @@ class GlobalPoolMixin:
     def _has_pool(self, pool_type: str) -> bool:
         pool = self.global_pool
         same_type = getattr(pool, "pool_type", None) == pool_type
-        return same_type and pool.reduction.conv.in_channels == self.num_features  # pruning may change the latter
-
-    def _create_cov_pool(self, pool_type: str, **dd: Any) -> nn.Module:
-        if pool_type == "isqrt":
-            pool_class = IsqrtCovPool2d if self.flavor == "paper" else OfficialIsqrtCovPool2d
-            if self.isqrt_iters is None:
-                return pool_class(self.num_features, self.isqrt_dim, **dd)
-            return pool_class(self.num_features, self.isqrt_dim, self.isqrt_iters, **dd)
-        return MpnCovPool2d(self.num_features, self.isqrt_dim, **dd)
+        return same_type and pool.in_features == self.num_features  # pruning may change the latter
 
 
 def init_our_weights(model: nn.Module) -> None:
