@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -95,7 +96,7 @@ def test_hashes_belong_to_the_weights():
     with torch.device("meta"):
         empty = CompactBilinearPool2d(6, 32, seed=1)
     assert empty.hashes.is_meta
-    empty.to_empty(device="cpu").reset_parameters()
+    empty.to_empty(device="cpu").init_weights()
     torch.testing.assert_close(pool(x), empty(x), rtol=0, atol=0)
     assert pool.bfloat16().hashes.dtype == torch.int64
 
@@ -179,6 +180,51 @@ def test_script_trace_and_export(kind, tmp_path):
     program = torch.export.export(pool, (x,), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
     torch.testing.assert_close(program.module()(other), pool(other))
     torch.testing.assert_close(torch.fx.symbolic_trace(pool)(other), pool(other))
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason="PyTorch's exporter is older than this way to ask")
+@pytest.mark.parametrize("kind", ["bilinear reduced", "compact"])
+def test_onnx(kind, tmp_path):
+    """The Fourier transform included; the batch is free."""
+    import onnxruntime
+
+    pool = CREATE[kind]().eval()
+    batch = torch.export.Dim("batch")
+    x = torch.randn(2, 6, 5, 5)
+    program = torch.onnx.export(pool, (x,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    program.save(tmp_path / "pool.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "pool.onnx", providers=["CPUExecutionProvider"])
+    for x in (x, torch.randn(5, 6, 5, 5)):
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), pool(x).detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pool", ["bilinear", "compact_bilinear"])
+def test_in_a_network_trained_saved_and_loaded(pool, tmp_path):
+    options = dict(cov_dim=8, isqrt_dim=6, compact_bilinear_dim=50, num_classes=4)
+    model = timm.create_model("gsop_preresnet20_net1", global_pool=pool, **options).train()
+    assert model.head_hidden_size == (36 if pool == "bilinear" else 50)
+    assert model.fc.in_features == model.head_hidden_size
+    x = torch.randn(4, 3, 16, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), torch.arange(4))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    timm.models.save_for_hf(model.eval(), tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    model.reset_classifier(3)
+    assert model(x).shape == (4, 3)
+
+
+def test_bad_size_in_a_network_is_named():
+    with pytest.raises(ValueError, match="compact_bilinear_dim=0 .* integer >= 1"):
+        timm.create_model("gsop_preresnet20_net1", compact_bilinear_dim=0)
 
 
 @every_pool

@@ -238,13 +238,13 @@ class CompactBilinearPool2d(nn.Module):
         size = (2, dim or in_features)
         self.register_buffer("hashes", torch.empty(size, dtype=torch.int64, device=device))
         self.register_buffer("signs", torch.empty(size, dtype=torch.int8, device=device))
-        self.reset_parameters()
+        self.init_weights()
 
     hashes: torch.Tensor
     signs: torch.Tensor
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def init_weights(self) -> None:
         """Draw hashes and signs: the same ones each time."""
         generator = torch.Generator(device="cpu").manual_seed(self.seed)
         draw: dict[str, Any] = dict(size=self.hashes.shape, generator=generator, device="cpu")

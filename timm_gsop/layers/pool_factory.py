@@ -55,7 +55,7 @@ def create_second_order_pool(
     dd: dict[str, Any] = dict(device=device, dtype=dtype)
     if pool_type == "isqrt":
         pool_class = IsqrtCovPool2d if flavor == "paper" else OfficialIsqrtCovPool2d
-        iterations = {} if isqrt_iters is None else dict(num_iters=isqrt_iters)
+        iterations: dict[str, Any] = {} if isqrt_iters is None else dict(num_iters=isqrt_iters)
         return pool_class(in_features, isqrt_dim, **iterations, **dd)
     if pool_type == "mpn":
         return MpnCovPool2d(in_features, isqrt_dim, **dd)
