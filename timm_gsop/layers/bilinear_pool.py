@@ -201,7 +201,7 @@ class CompactBilinearPool2d(nn.Module):
 
     Args:
         in_features: Channels of the input, C.
-        out_features: Features of the output.
+        out_features: Features of the output; powers of two are transformed fastest, and most exactly in ONNX.
         dim: Channels after a reduction (1×1 convolution, BN, ReLU), which the paper does not have; None for none.
         seed: Of the generator of hashes and signs.
 
