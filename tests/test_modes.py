@@ -39,10 +39,7 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "covariance_pool": covariance_pool,
     "position_covariance": position_covariance,
     "official_position_covariance": official_position_covariance,
-    **{
-        f"newton_schulz_sqrt, {n}": partial(lambda n, x: newton_schulz_sqrt(covariance_pool(x), n), n)
-        for n in (1, 3, 5)
-    },
+    **{f"newton_schulz_sqrt, {n}": lambda x, n=n: newton_schulz_sqrt(covariance_pool(x), n) for n in (1, 3, 5)},
     "eigh_power": lambda x: eigh_power(covariance_pool(x), 0.5),
 }
 LAYERS = {
