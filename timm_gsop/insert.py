@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from timm.layers import get_device_dtype
+from timm.models import get_model_input_config
 from torch import nn
 
 from timm_gsop.layers import NEUTRAL_SCALE, GsopBlock, check_gsop, create_gsop, start_at_half
@@ -133,8 +134,7 @@ def _feature_infos(model: nn.Module) -> list[dict[str, Any]]:
 @torch.no_grad()
 def _run(model: Any) -> list[torch.Tensor]:
     """Feature maps of a blank image, in evaluation: no statistics change, nor the modules' modes."""
-    size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
-    image = torch.zeros(1, getattr(model, "in_chans", size[0]), *size[1:], **get_device_dtype(model))
+    image = torch.zeros(1, *get_model_input_config(model)["input_size"], **get_device_dtype(model))
     with evaluation_mode(model):
         if hasattr(model, "forward_intermediates"):
             return model.forward_intermediates(image, intermediates_only=True)
