@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import get_device_dtype
 from timm.models import (
     PretrainedCfg,
     create_model,
@@ -101,7 +102,6 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
     """
 
     output_fmt = "NCHW"
-    layout: torch.jit.Final[str]
 
     def __init__(
         self,
@@ -145,7 +145,12 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
                     f"place; accepted: (), because its global pooling can be second-order all the same. {error}"
                 ) from error
         self.in_chans = in_chans
-        self._set_features(features)
+        self.layout = features.layout
+        self.num_prefix_tokens = features.num_prefix_tokens
+        self.grid_size = features.grid_size
+        self.num_features = features.channels
+        infos: Any = getattr(self.backbone, "feature_info", ())
+        self.feature_info = [dict(info, module=f"backbone.{info['module']}") for info in infos]
         self.init_global_pool(
             num_classes,
             global_pool,
@@ -157,14 +162,6 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
             drop_rate=drop_rate,
             **dd,
         )
-
-    def _set_features(self, features: "_Features") -> None:
-        self.layout = features.layout
-        self.num_prefix_tokens = features.num_prefix_tokens
-        self.grid_size = features.grid_size
-        self.num_features = features.channels
-        infos: Any = self.backbone.feature_info if hasattr(self.backbone, "feature_info") else ()
-        self.feature_info = [dict(info, module=f"backbone.{info['module']}") for info in infos]
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
@@ -221,7 +218,11 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
     ) -> list[int]:
         """timm's ``prune_intermediate_layers``: remove what comes after the last of some feature levels."""
         taken = self.backbone.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=False)
-        self._set_features(_Features.of(type(self.backbone).__name__, self.backbone))
+        features, size = _blank_features(self.backbone)
+        if isinstance(features, torch.Tensor):  # a pruned HRNet has several, and no head can read them
+            self.num_features = features.shape[1 if self.layout == "NCHW" else -1]
+            if self.layout == "tokens":
+                self.grid_size = _grid_size(features.shape[1] - self.num_prefix_tokens, size)
         if prune_head:
             self.reset_classifier(0, "")
         return taken
@@ -256,9 +257,9 @@ def tokens_to_map(x: torch.Tensor, num_prefix_tokens: int, height: int, width: i
         torch.Size([2, 8, 3, 4])
     """
     x = x[:, num_prefix_tokens:].transpose(1, 2)
-    if torch.jit.is_scripting() or not torch.jit.is_tracing():  # sizes are tensors in a trace
-        if x.shape[2] != height * width:
-            return x.unsqueeze(3)
+    # In a trace sizes are tensors, which a condition would record as constants.
+    if (torch.jit.is_scripting() or not torch.jit.is_tracing()) and x.shape[2] != height * width:
+        return x.unsqueeze(3)
     return x.reshape(x.shape[0], x.shape[1], height, width)
 
 
@@ -287,12 +288,9 @@ class _Features(NamedTuple):
         called: set[str] = set()
         names = {module: path for path, module in model.named_modules()}
         hooks = [m.register_forward_pre_hook(lambda m, _: called.add(names[m])) for m in names]
-        size = get_model_input_config(model)["input_size"]
-        weight = next(model.parameters())
-        image = torch.zeros(1, *size, device=weight.device, dtype=weight.dtype)
         try:
-            with evaluation_mode(model), torch.enable_grad():
-                features = model.forward_features(image)
+            with torch.enable_grad():
+                features, size = _blank_features(model)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -306,7 +304,7 @@ class _Features(NamedTuple):
         if features.ndim == 3:
             layout = "tokens"
             prefix = _num_prefix_tokens(model, features.shape[1])
-            grid = _grid_size(features.shape[1] - prefix, size[1:])
+            grid = _grid_size(features.shape[1] - prefix, size)
             used = _parameters_behind(features[:, prefix:])
         else:
             layout = "NHWC" if getattr(model, "output_fmt", "NCHW") == "NHWC" else "NCHW"
@@ -319,6 +317,14 @@ class _Features(NamedTuple):
             set(names.values()) - called,
             {path for path, p in model.named_parameters() if p.requires_grad and id(p) not in used},
         )
+
+
+def _blank_features(model: Any) -> tuple[Any, tuple[int, int]]:
+    """What ``forward_features`` returns for a blank image, and the height and width of that."""
+    size = get_model_input_config(model)["input_size"]
+    image = torch.zeros(1, *size, **get_device_dtype(model))
+    with evaluation_mode(model):
+        return model.forward_features(image), tuple(size[1:])
 
 
 def _num_prefix_tokens(model: Any, num_tokens: int) -> int:
@@ -398,7 +404,9 @@ def _check_backbone(name: Any) -> None:
             get_pretrained_cfg(name)
         except RuntimeError as error:
             tags = [full.partition(".")[2] for full in list_models(f"{architecture}.*", include_tags=True)]
-            raise ValueError(f"backbone={name!r} has an unknown tag; accepted: {', '.join(map(repr, tags))}.") from error
+            raise ValueError(
+                f"backbone={name!r} has an unknown tag; accepted: {', '.join(map(repr, tags))}."
+            ) from error
 
 
 def _check_stages(stages: Any, name: str, backbone: nn.Module) -> None:
@@ -435,9 +443,9 @@ def second_order(
     cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Second-order pooling on any backbone of timm, ``backbone=NAME``; ``pretrained=True`` loads the backbone's weights.
+    """Second-order pooling on any network of timm as the backbone: ``backbone=NAME``.
 
-    The head is new then. Of a saved network, by ``local-dir:`` or ``hf-hub:``, everything is loaded, and the backbone's
+    ``pretrained=True`` loads the backbone's weights, and the head is new. Of a saved network, by ``local-dir:`` or ``hf-hub:``, everything is loaded, and the backbone's
     own weights are not asked for. A file in ``pretrained_cfg_overlay`` may hold either.
     """
     backbone = kwargs.get("backbone", DEFAULT_BACKBONE)
