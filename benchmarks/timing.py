@@ -1,120 +1,83 @@
-"""Time and memory of alternatives, measured side by side, and of two checkouts of this package.
+"""Time and memory of alternatives, side by side. As a command, the process that runs the modules of a checkout."""
 
-``python -m benchmarks.timing`` is the process in which benchmarks.speed runs the modules of one checkout.
-"""
-
+import argparse
 import ctypes
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).parents[1]
-CPU = torch.device("cpu")
-WARM_UP = 2
+from benchmarks import ROOT
 
+WARM_UP = 2
 Work = Callable[[], Any]
 
 
-class Timing(NamedTuple):
-    """Median seconds of a run; median and quartiles of its ratio to the reference's run in the same round."""
+def time_paired(works: Mapping[str, Work], rounds: int) -> dict[str, dict[str, float]]:
+    """Time alternatives in turn, in alternating order, for ``rounds`` rounds after two to warm up.
 
-    seconds: float
-    ratio: float
-    low: float
-    high: float
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc not to return freed memory to the system, as jemalloc and tcmalloc do by default.
-
-    Getting the pages back takes a time that varies from run to run and has nothing to do with the alternatives.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for setting in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(setting, 2**31 - 1)
-
-
-def seconds(work: Work, device: torch.device = CPU) -> float:
-    """Time one run, waiting for the device to finish."""
-    synchronize(device)
-    start = perf_counter()
-    work()
-    synchronize(device)
-    return perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU to finish its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def time_paired(
-    works: Mapping[str, Work], reference: str, rounds: int = 15, device: torch.device = CPU
-) -> dict[str, Timing]:
-    """Time the alternatives in turn, in alternating order.
-
-    Each ratio is of two runs in the same round, so whatever slows the machine for longer than a round cancels out.
-
-    Args:
-        works: The alternatives by name.
-        reference: The alternative that the others are compared with.
-        rounds: The number of rounds, after two to warm up.
-        device: Where they run.
-
-    Returns:
-        The timing of each alternative.
+    Returns the median seconds of each; and the median and quartiles of its ratio to the first alternative in the same
+    round, where whatever slows the machine for longer than a round cancels out.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
     for round_ in range(WARM_UP + rounds):
         for name in names if round_ % 2 else reversed(names):
-            times[name].append(seconds(works[name], device))
+            times[name].append(seconds(works[name]))
     timings = {}
     for name, each in times.items():
-        ratios = [own / other for own, other in zip(each[WARM_UP:], times[reference][WARM_UP:], strict=True)]
-        low, _, high = quantiles(ratios, n=4)
-        timings[name] = Timing(median(each[WARM_UP:]), median(ratios), low, high)
+        ratios = [own / reference for own, reference in zip(each, times[names[0]], strict=True)]
+        low, _, high = quantiles(ratios[WARM_UP:], n=4)
+        timings[name] = dict(seconds=median(each[WARM_UP:]), ratio=median(ratios[WARM_UP:]), low=low, high=high)
     return timings
 
 
-def run_of(module: nn.Module, x: torch.Tensor, training: bool, bfloat16: bool = False) -> Work:
+def seconds(work: Work) -> float:
+    """Time one run, from an idle GPU to an idle GPU if there is one."""
+    synchronize()
+    start = perf_counter()
+    work()
+    synchronize()
+    return perf_counter() - start
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if one is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def run_of(module: nn.Module, x: torch.Tensor, training: bool, bfloat16: bool = False, compiled: bool = False) -> Work:
     """Return what is timed of a module: a forward pass in inference, or a forward and backward pass in training."""
-    module.train(training)
     autocast = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=bfloat16)
+    with torch.no_grad(), autocast():
+        gradient = torch.randn_like(module.train()(x))  # and batch normalization has statistics
+    module.train(training)
+    run = torch.compile(module) if compiled else module
 
-    def infer() -> None:
-        with torch.inference_mode(), autocast():
-            module(x)
+    def work() -> None:
+        with torch.inference_mode(not training), autocast():
+            output = run(x)
+        if training:
+            output.backward(gradient)
+            module.zero_grad()
+            x.grad = None
 
-    if not training:
-        return infer
-    with autocast():
-        gradient = torch.randn_like(module(x))
-
-    def train() -> None:
-        with autocast():
-            output = module(x)
-        output.backward(gradient)
-        module.zero_grad()
-        x.grad = None
-
-    return train
+    return work
 
 
 def saved_bytes(module: nn.Module, x: torch.Tensor) -> int:
@@ -132,39 +95,33 @@ def saved_bytes(module: nn.Module, x: torch.Tensor) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def peak_bytes(work: Work, device: torch.device = CPU) -> int:
-    """Most memory that PyTorch has allocated on ``device`` at a time during ``work``, beyond what it had before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+def peak_bytes(work: Work) -> int:
+    """Most memory that PyTorch has allocated at a time during ``work``, beyond what it had before."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         work()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    allocations = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
     allocated = peak = 0
-    for event in allocations:
+    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
         allocated += event["args"]["Bytes"]
         peak = max(peak, allocated)
     return peak
 
 
-def machine(device: torch.device = CPU) -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """What the figures depend on, besides the code."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-        name = next(names, platform.processor())
+    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    cpu = re.findall("model name.*: (.*)", cpuinfo) or [platform.processor()]
     return dict(
-        device=name,
+        device=cpu[0] if device == "cpu" else torch.cuda.get_device_name(),
         threads=torch.get_num_threads(),
         float32_products=torch.get_float32_matmul_precision(),
         capability=torch.backends.cpu.get_cpu_capability(),
@@ -174,12 +131,38 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
     )
 
 
-class Checkout:
-    """A process that imports ``timm_gsop`` from another folder, and runs its modules when asked.
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options that the commands share."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--json", type=Path, help="keep the figures in this file")
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--rounds", type=int, default=15, help="how often each alternative is timed")
+    products = dict(default="highest", choices=("highest", "high", "medium"))
+    options.add_argument("--float32-products", **products, help="torch.set_float32_matmul_precision")
+    return options
 
-    Args:
-        folder: A checkout of this repository.
+
+def set_up(float32_products: str = "highest") -> None:
+    """Prepare the process: seed, precision of products, and freed memory that stays with the process.
+
+    jemalloc and tcmalloc keep freed memory by default, glibc on request. Otherwise the system hands out the pages
+    again, which takes a time that varies from run to run and has nothing to do with the alternatives.
     """
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision(float32_products)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    for setting in (-1, -3) if mallopt else ():  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        mallopt(setting, 2**31 - 1)
+
+
+def write(result: Mapping[str, Any], path: Path | None) -> None:
+    """Write figures as JSON, if there is a path to write them to."""
+    if path:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+class Checkout:
+    """A process that imports ``timm_gsop`` from a checkout of this repository, and ends with this object."""
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "timm_gsop/__init__.py").exists():
@@ -187,63 +170,44 @@ class Checkout:
         # Only the package comes from there; this code comes from here.
         self.links = tempfile.TemporaryDirectory()
         Path(self.links.name, "timm_gsop").symlink_to(folder.resolve() / "timm_gsop")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.timing"],
-            cwd=self.links.name,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([self.links.name, str(ROOT)])},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([self.links.name, str(ROOT)])}
+        command = [sys.executable, "-m", "benchmarks.timing"]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(command, cwd=self.links.name, env=env, text=True, **pipes)
 
     def ask(self, *request: Any) -> Any:
-        """Call a method of the process's :class:`Modules`: its name, then its arguments."""
-        assert self.process.stdin
-        assert self.process.stdout
+        """Call :func:`create` there and return the peak memory of a run; or, with a number, run it so often."""
         print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
             raise RuntimeError("The process that runs the other checkout ended; its error is above.")
         return json.loads(answer)
 
-    def close(self) -> None:
-        """End the process."""
-        self.process.communicate()
-        self.links.cleanup()
 
-
-class Modules:
-    """What a :class:`Checkout` answers: the module that was created last, run and measured."""
-
-    def create(
-        self, name: str, args: Sequence[Any], shape: Sequence[int], training: bool, bfloat16: bool, device: str
-    ) -> int:
-        """Create a layer of ``timm_gsop``, or else a model, and return its peak memory in bytes."""
-        import timm_gsop
-
-        torch.manual_seed(0)
-        self.device = torch.device(device)
-        module = getattr(timm_gsop, name)(*args) if hasattr(timm_gsop, name) else timm.create_model(name, *args)
-        x = torch.randn(*shape, device=self.device).requires_grad_(training and shape[1] != 3)
-        self.work = run_of(module.to(self.device), x, training, bfloat16)
-        self.work()
-        return peak_bytes(self.work, self.device)
-
-    def run(self, times: int) -> None:
-        """Run it so often."""
-        for _ in range(times):
-            self.work()
-        synchronize(self.device)
-
-
-def answer_requests() -> None:
-    """Answer what :meth:`Checkout.ask` writes, until it closes the pipe."""
-    keep_freed_memory()
-    modules = Modules()
+def serve() -> None:
+    """Answer the requests of a :class:`Checkout` until it closes the pipe."""
+    set_up()
     for line in sys.stdin:
-        method, *args = json.loads(line)
-        print(json.dumps(getattr(modules, method)(*args)), flush=True)
+        what, *options = json.loads(line)
+        if options:
+            work = create(what, *options)
+            print(peak_bytes(work), flush=True)
+        else:
+            for _ in range(what):
+                work()
+            synchronize()
+            print(0, flush=True)
+
+
+def create(name: str, args: list[Any], shape: list[int], training: bool, bfloat16: bool, device: str) -> Work:
+    """Create a layer of ``timm_gsop``, or else a model, to run on random input of this shape."""
+    import timm_gsop
+
+    torch.manual_seed(0)
+    module = getattr(timm_gsop, name)(*args) if hasattr(timm_gsop, name) else timm.create_model(name, *args)
+    x = torch.randn(*shape, device=device, requires_grad=training and hasattr(timm_gsop, name))
+    return run_of(module.to(device), x, training, bfloat16)
 
 
 if __name__ == "__main__":
-    answer_requests()
+    serve()

@@ -12,10 +12,12 @@ import timm
 import torch
 from PIL import Image
 
-from benchmarks.fashion_mnist import PAGE, SHIP, SHIPPED, results, results_table, sample
+from tests.fashion_mnist import sample
 from timm_gsop.hub import convert, stage
+from timm_gsop.pretrained.locate import SHIPPED
 
 ROOT = Path(__file__).parents[1]
+SHIP = ("gsop_preresnet20_net1", "gsop_preresnet20_net2")
 # Of the 500 stored ones, which are the first of the test set; of all 10 000 the configuration tells.
 TOP1 = {"gsop_preresnet20_net1": 93.2, "gsop_preresnet20_net2": 93.6}
 
@@ -98,7 +100,17 @@ def test_a_shipped_network_can_be_published(tmp_path):
     assert loaded.pretrained_cfg["label_names"][0] == "T-shirt/top"
 
 
-def test_the_page_shows_the_runs():
-    assert results_table() in PAGE.read_text()
-    assert {result.recipe for result in results()} >= {"preresnet20", *SHIP}
-    assert all(len(result.top1) >= 2 for result in results())
+def test_the_command_that_ships(tmp_path):
+    """From a checkpoint of timm's train.py, trained on grey images, to the files in the package."""
+    name = "gsop_preresnet20_net1.fashion_mnist"
+    files = [f"{name}.safetensors", f"{name}.golden.safetensors"]
+    weights = safetensors.torch.load_file(SHIPPED / files[0])
+    weights["stem.conv.weight"] = weights["stem.conv.weight"].sum(1, keepdim=True)
+    torch.save({"state_dict": weights}, tmp_path / "last.pth.tar")
+    command = [sys.executable, "hub/ship.py", str(tmp_path / "last.pth.tar"), name, "--folder", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    for file in files:
+        written, shipped = (safetensors.torch.load_file(folder / file) for folder in (tmp_path, SHIPPED))
+        assert written.keys() == shipped.keys()
+        for key, value in shipped.items():
+            torch.testing.assert_close(written[key], value, rtol=1e-3, atol=1e-3)
