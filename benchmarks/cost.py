@@ -81,8 +81,8 @@ TABLE_2_STEPS = {
     "1×1 convolution, sigmoid": ["excitation.expand_conv"],
     "scaling (by position: by the map interpolated to 14×14)": [],
 }
-TABLE_2_TOTALS = ["weights of convolutions (M)", "MMACs, as PyTorch counts"]
-TABLE_2_TOTALS += ["MMACs, of the covariance a triangle, and the scaling"]
+TRIANGLE = "MMACs, of the covariance a triangle, and the scaling"
+TABLE_2_TOTALS = ["weights of convolutions (M)", "MMACs, as PyTorch counts", TRIANGLE]
 
 # The layers of ResNet-26: the paper's name, height and width after it, and our name.
 TABLE_3 = [("conv1", "112", "conv1"), ("pool1", "56", "maxpool"), ("conv2_x", "56", "layer1")]

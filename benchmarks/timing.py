@@ -145,8 +145,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def set_up(float32_products: str = "highest") -> None:
     """Prepare the process: seed, precision of products, and freed memory that stays with the process.
 
-    jemalloc and tcmalloc keep freed memory by default, glibc on request. Otherwise the system hands out the pages
-    again, which takes a time that varies from run to run and has nothing to do with the alternatives.
+    jemalloc and tcmalloc keep freed memory by default, glibc on request. Getting it back takes a varying time.
     """
     torch.manual_seed(0)
     torch.set_float32_matmul_precision(float32_products)

@@ -1,7 +1,7 @@
 """What the benchmarks compare computes the same, what they measure is right, and docs show what was measured."""
 
+import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import update
+from benchmarks import speed, update
 from benchmarks.textbook import TextbookChannelGsop, TextbookCovPool2d, exact_root
 from benchmarks.timing import Checkout, peak_bytes, run_of, saved_bytes, time_paired
 from timm_gsop.hub.operations import count_macs, model_macs
@@ -97,11 +97,17 @@ def test_a_folder_without_the_package_is_refused(tmp_path):
         Checkout(tmp_path)
 
 
-@pytest.mark.parametrize("command", ["cost", "speed", "accuracy"])
-def test_the_commands_explain_themselves(command):
-    done = subprocess.run([sys.executable, "-m", f"benchmarks.{command}", "--help"], cwd=ROOT, capture_output=True)
-    assert done.returncode == 0
-    assert b"usage" in done.stdout
+def test_the_command_that_measures(tmp_path, monkeypatch, capsys):
+    """On a small scale."""
+    for name, value in dict(STAGES=((16, 4), (24, 2)), HEAD=(16, 4), COV_DIM=8, HEAD_DIM=8).items():
+        monkeypatch.setattr(speed, name, value)
+    file = tmp_path / "pieces.json"
+    monkeypatch.setattr(sys, "argv", ["speed", "pieces", "--batch", "2", "--rounds", "2", "--json", str(file)])
+    speed.main()
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["part"] for row in rows] == ["four blocks", "four blocks", "head", "excitation"]
+    assert all(timing["seconds"] > 0 for row in rows for timing in row["alternatives"].values())
+    assert "square root" in capsys.readouterr().out
 
 
 def test_the_pages_say_what_was_measured():
