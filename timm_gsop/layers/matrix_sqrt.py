@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from timm_gsop.checks import check_positive, check_positive_int, check_square
-from timm_gsop.layers.precision import at_least_float32, autocast_disabled
+from timm_gsop.layers.gradients import evaluate, without_autocast
+from timm_gsop.layers.precision import at_least_float32
 
 __all__ = ["eigh_power", "newton_schulz_sqrt"]
 
@@ -36,11 +37,7 @@ def newton_schulz_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
         return _newton_schulz(at_least_float32(cov), num_iters)
     check_square("cov", cov)
     check_positive_int("num_iters", num_iters)
-    with autocast_disabled(cov.device):
-        cov = at_least_float32(cov)
-        if torch.is_grad_enabled() and cov.requires_grad:
-            return _NewtonSchulzSqrt.apply(cov, num_iters)[0]
-        return _newton_schulz(cov, num_iters)
+    return evaluate(_NewtonSchulzSqrt, _newton_schulz, at_least_float32(cov), num_iters)
 
 
 def _newton_schulz(cov: torch.Tensor, num_iters: int) -> torch.Tensor:
@@ -79,7 +76,7 @@ def _first_factor(a: torch.Tensor) -> torch.Tensor:
 
 def _factor(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """(3I - Z Y) / 2."""
-    return torch.baddbmm(1.5 * _eye(y), z, y, alpha=-0.5)
+    return _add_product(1.5 * _eye(y), z, y, alpha=-0.5)
 
 
 def _two_factors(p: torch.Tensor) -> torch.Tensor:
@@ -90,9 +87,19 @@ def _two_factors(p: torch.Tensor) -> torch.Tensor:
     """
     r = 2 + (5 + 24**0.5) ** (1 / 3) + (5 - 24**0.5) ** (1 / 3)
     eye = _eye(p)
-    left = torch.sub(3 * r * eye, p, alpha=3 + r).baddbmm_(p, p)
+    left = _add_product(torch.sub(3 * r * eye, p, alpha=3 + r), p, p)
     right = torch.add(left, p, alpha=2 * r - 3).add_((12 / r - 3 * r) * eye)
-    return torch.baddbmm(left, left, right, beta=0, alpha=1 / 16)
+    return _add_product(left, left, right, beta=0.0, alpha=1 / 16)
+
+
+def _add_product(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1.0, alpha: float = 1.0
+) -> torch.Tensor:
+    """Return beta · X + alpha · A B."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
+        if torch.jit.is_tracing():  # counters of operations, which trace, know bmm and not baddbmm
+            return beta * x + alpha * torch.bmm(a, b)
+    return torch.baddbmm(x, a, b, beta=beta, alpha=alpha)
 
 
 def _eye(mat: torch.Tensor) -> torch.Tensor:
@@ -135,6 +142,7 @@ class _NewtonSchulzSqrt(torch.autograd.Function):
             ctx.set_materialize_grads(False)  # no matrices of zeros for the outputs without gradients
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
         if grad is None:
             return None, None
@@ -193,6 +201,9 @@ def _less_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Te
 
 
 def _trace(mat: torch.Tensor) -> torch.Tensor:
+    if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
+        if torch.jit.is_tracing():  # converters of traces lack aten::diagonal
+            return (mat * _eye(mat)).sum(dim=(1, 2), keepdim=True)
     return mat.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
 
 
@@ -219,12 +230,15 @@ def eigh_power(cov: torch.Tensor, power: float = 0.5) -> torch.Tensor:
         ValueError: If ``cov`` is not a batch of square matrices, or ``power`` is not positive.
     """
     if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
-        eigenvalues, eigenvectors = torch.linalg.eigh(at_least_float32(cov))
-        return _power_from_eigh(eigenvalues, eigenvectors, power)
+        return _eigh_power(at_least_float32(cov), power)
     check_square("cov", cov)
     check_positive("power", power)
-    with autocast_disabled(cov.device):
-        return _EighPower.apply(at_least_float32(cov), power)
+    return evaluate(_EighPower, _eigh_power, at_least_float32(cov), power)
+
+
+def _eigh_power(cov: torch.Tensor, power: float) -> torch.Tensor:
+    eigenvalues, eigenvectors = torch.linalg.eigh(cov)
+    return _power_from_eigh(eigenvalues, eigenvectors, power)
 
 
 def _nonzero_eigenvalues(eigenvalues: torch.Tensor) -> torch.Tensor:
@@ -243,15 +257,22 @@ def _power_from_eigh(eigenvalues: torch.Tensor, eigenvectors: torch.Tensor, powe
 
 
 class _EighPower(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, cov: torch.Tensor, power: float) -> torch.Tensor:
-        eigenvalues, eigenvectors = torch.linalg.eigh(cov)
-        ctx.power = power
-        ctx.save_for_backward(cov, eigenvalues, eigenvectors)
-        return _power_from_eigh(eigenvalues, eigenvectors, power)
+    generate_vmap_rule = True  # for torch.func
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def forward(cov: torch.Tensor, power: float) -> tuple[torch.Tensor, ...]:
+        eigenvalues, eigenvectors = torch.linalg.eigh(cov)
+        return _power_from_eigh(eigenvalues, eigenvectors, power), eigenvalues, eigenvectors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, float], output: tuple[torch.Tensor, ...]) -> None:
+        cov, ctx.power = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(cov, *output[1:])
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
         cov, eigenvalues, eigenvectors = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted: let it see how these depend on cov
             eigenvalues, eigenvectors = torch.linalg.eigh(cov)
