@@ -3,6 +3,9 @@
 import copy
 import functools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,12 +14,16 @@ from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+from tests import test_hub
+from tests.hub_server import HubServer
 from tests.test_timm_suite import _load_timm_tests
 from timm_gsop import GsopBlock
-from timm_gsop.hub.hub_folder import save_hub_folder
+from timm_gsop.hub.hub_folder import check_hub_folder, save_hub_folder
+from timm_gsop.hub.model_card import model_card
 from timm_gsop.models import SecondOrder
 from timm_gsop.models.second_order import tokens_to_map
 
+ROOT = Path(__file__).parents[1]
 HEAD = dict(isqrt_dim=8, cov_dim=8)
 # Narrow or shallow versions of what users have, where that is possible, and the stages that get blocks.
 BACKBONES = {
@@ -166,7 +173,8 @@ def test_saved_and_loaded_to_the_bit(name, save, tmp_path):
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
-    assert timm.data.resolve_model_data_config(loaded) == timm.data.resolve_model_data_config(model)
+    configs = [json.loads(json.dumps(timm.data.resolve_model_data_config(m))) for m in (model, loaded)]
+    assert configs[0] == configs[1]
     assert timm.create_model(f"local-dir:{folder}", num_classes=7)(x).shape == (2, 7)
 
 
@@ -379,3 +387,87 @@ def test_a_configuration_is_plain_json(tmp_path):
     assert config["architecture"] == "second_order"
     assert config["model_args"]["backbone"] == "convnext_atto"
     assert config["model_args"]["gsop_stages"] == [0, 3]
+
+
+# ---- the Hub
+
+env, hub = test_hub.env, test_hub.hub  # fixtures
+
+
+def serve_backbone(hub: HubServer, name: str, folder: Path) -> nn.Module:
+    """The loopback Hub gets timm's repository of a backbone's weights."""
+    backbone = write_weights(name, folder / "backbone.pth")
+    timm.models.save_for_hf(backbone, folder / "backbone", safe_serialization=True)
+    files = {path.name: hub.keep(path.read_bytes()) for path in (folder / "backbone").iterdir()}
+    repo = timm.get_pretrained_cfg(name).hf_hub_id
+    hub.repos[repo], hub.private[repo] = {"main": files}, False
+    return backbone
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason="transformers needs a newer PyTorch")
+@pytest.mark.parametrize(
+    "name", ["resnet18", pytest.param("swin_tiny_patch4_window7_224", marks=[pytest.mark.slow]), *TOKENS[:1]]
+)
+def test_from_the_hub_to_the_hub(name, hub, env, tmp_path):
+    """The backbone's weights are read from timm's repository; the whole network's from its own, and nothing else."""
+    serve_backbone(hub, name, tmp_path)
+    options = {**HEAD, **BACKBONES[name], "backbone": name, "num_classes": 5}
+    script = """
+import json, pathlib, sys, timm, torch
+from timm_gsop.hub.hub_folder import save_hub_folder
+torch.set_num_threads(1)
+model = timm.create_model("second_order", pretrained=True, **json.loads(sys.argv[1])).train()
+x = torch.randn(2, *model.pretrained_cfg["input_size"])
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+torch.nn.functional.cross_entropy(model(x), torch.arange(2)).backward()
+optimizer.step()
+save_hub_folder(model.eval(), pathlib.Path(sys.argv[2]))
+with torch.no_grad():
+    torch.save(dict(x=x, logits=model(x)), sys.argv[3])
+"""
+    folder, golden = tmp_path / "folder", tmp_path / "golden.pt"
+    command = [sys.executable, "-c", script, json.dumps(options), str(folder), str(golden)]
+    script_env = {**env, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=script_env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    repo = timm.get_pretrained_cfg(name).hf_hub_id
+    assert any(f"/{repo}/" in request for request in hub.requests)
+
+    done = test_hub.publish(folder, env, "--license", "apache-2.0", repo="me/birds")
+    assert done.returncode == 0, done.stderr
+    card = (hub.folder / hub.repos["me/birds"]["main"]["README.md"]).read_text()
+    tag, licence = (timm.get_pretrained_cfg_value(name, key) for key in ("tag", "license"))
+    assert f"**Backbone**: timm's `{name}.{tag}`, whose pretrained weights training started from" in card
+    assert f"(licence: {licence}; origin: https://huggingface.co/timm/{name}.{tag})" in card
+
+    hub.requests.clear()
+    again = """
+import sys, timm, torch
+from transformers import AutoModelForImageClassification
+torch.set_num_threads(1)
+golden = torch.load(sys.argv[1], weights_only=True)
+with torch.no_grad():
+    for load in (
+        lambda: timm.create_model("hf-hub:me/birds", pretrained=True).eval(),
+        lambda: timm.create_model("local-dir:" + sys.argv[2], pretrained=True).eval(),
+        lambda: AutoModelForImageClassification.from_pretrained("me/birds").eval(),
+    ):
+        logits = load()(golden["x"])
+        logits = getattr(logits, "logits", logits)
+        torch.testing.assert_close(logits, golden["logits"], rtol=0, atol=0)
+"""
+    fresh = {**script_env, "HF_HOME": str(tmp_path / "fresh")}
+    command = [sys.executable, "-c", again, str(golden), str(folder)]
+    done = subprocess.run(command, env=fresh, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not any("/timm/" in request for request in hub.requests)  # the backbone's weights
+
+
+def test_the_card_of_a_backbone_without_a_record(tmp_path):
+    model = create("resnet18")
+    save_hub_folder(model, tmp_path / "folder")
+    card = model_card(check_hub_folder(tmp_path / "folder"), "me/birds")
+    assert "timm's `resnet18`; it is not recorded whether training started from pretrained weights" in card
+    (tmp_path / "folder/args.yaml").write_text("pretrained: true\n")
+    card = model_card(check_hub_folder(tmp_path / "folder"), "me/birds")
+    assert "timm's `resnet18.a1_in1k`, whose pretrained weights training started from (licence: apache-2.0" in card

@@ -37,7 +37,7 @@ from timm_gsop.layers import check_gsop
 from timm_gsop.models.build import build_model
 from timm_gsop.models.global_pool import GlobalPoolMixin
 
-__all__ = ["SecondOrder"]  # register_model adds the entry point
+__all__ = ["SecondOrder", "backbone_notes"]  # register_model adds the entry point
 
 _logger = logging.getLogger(__name__)
 
@@ -445,8 +445,9 @@ def second_order(
 ) -> Any:
     """Second-order pooling on any network of timm as the backbone: ``backbone=NAME``.
 
-    ``pretrained=True`` loads the backbone's weights, and the head is new. Of a saved network, by ``local-dir:`` or ``hf-hub:``, everything is loaded, and the backbone's
-    own weights are not asked for. A file in ``pretrained_cfg_overlay`` may hold either.
+    ``pretrained=True`` loads the backbone's weights, and the head is new. Of a saved network, by ``local-dir:`` or
+    ``hf-hub:``, everything is loaded, and nobody asks for the backbone's own weights. A file that
+    ``pretrained_cfg_overlay`` names may hold either.
     """
     backbone = kwargs.get("backbone", DEFAULT_BACKBONE)
     _check_backbone(backbone)
