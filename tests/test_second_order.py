@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from tests import test_hub
+from tests import test_hub, test_timm_scripts
 from tests.hub_server import HubServer
 from tests.test_timm_suite import _load_timm_tests
 from timm_gsop import GsopBlock
@@ -471,3 +472,70 @@ def test_the_card_of_a_backbone_without_a_record(tmp_path):
     (tmp_path / "folder/args.yaml").write_text("pretrained: true\n")
     card = model_card(check_hub_folder(tmp_path / "folder"), "me/birds")
     assert "timm's `resnet18.a1_in1k`, whose pretrained weights training started from (licence: apache-2.0" in card
+
+
+# ---- timm's train.py and validate.py; without TIMM_SCRIPTS=DIR, the folder that has them, there is nothing to test
+
+SCRIPTS = os.environ.get("TIMM_SCRIPTS")
+with_scripts = pytest.mark.skipif(not SCRIPTS, reason="TIMM_SCRIPTS is not set")
+digits = test_timm_scripts.digits  # a fixture
+MODEL = ["--model", "second_order", "--num-classes", "10", "--img-size", "48", "--device", "cpu", "--workers", "1"]
+KWARGS = [
+    "--model-kwargs",
+    *("backbone=resnet18", "channels=(16,16,24,32)", "output_stride=8", "gsop_stages=(2,3)", "cov_dim=16"),
+    "isqrt_dim=16",
+]
+
+
+def run_script(script: str, *options: str, processes: int = 1) -> subprocess.CompletedProcess:
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launch, str(Path(SCRIPTS) / script), *MODEL, *options, *KWARGS]
+    done = subprocess.run(command, env=test_timm_scripts.ENV, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def train(data: Path, output: Path, *options: str, **kwargs) -> list[dict[str, str]]:
+    given = ["--data-dir", str(data), "--output", str(output), "--experiment", "run"]
+    recipe = ["--no-aug", "-b", "32", "--opt", "sgd", "--lr", "0.1", "--warmup-epochs", "0", "--log-interval", "1"]
+    run_script("train.py", *given, *recipe, *options, **kwargs)
+    return test_timm_scripts.summary(output)
+
+
+@pytest.mark.slow
+@with_scripts
+def test_train_and_validate(digits, tmp_path):
+    rows = train(digits, tmp_path, "--epochs", "2")
+    assert float(rows[1]["eval_top1"]) > 70  # ten classes
+    given = ["--data-dir", str(digits), "--split", "val", "--checkpoint", str(tmp_path / "run/last.pth.tar")]
+    done = run_script("validate.py", *given, "--crop-pct", "0.875")
+    found = json.loads(done.stdout.rpartition("--result")[2])
+    assert found["top1"] == pytest.approx(float(rows[1]["eval_top1"]), abs=0.3)
+
+
+@pytest.mark.slow
+@with_scripts
+def test_options_of_training_together(digits, tmp_path):
+    """Two processes, bfloat16, the compiler, layer-wise rates, checkpointing and an average of the weights."""
+    write_weights("resnet18", tmp_path / "backbone.pth")
+    options = [
+        "--epochs",
+        "1",
+        "--amp",
+        "--amp-dtype",
+        "bfloat16",
+        "--torchcompile",
+        "inductor",
+        "--grad-checkpointing",
+    ]
+    options += ["--layer-decay", "0.2", "--layer-decay-min-scale", "0.2", "--model-ema", "--model-ema-decay", "0.9"]
+    options += ["--pretrained", "--pretrained-path", str(tmp_path / "backbone.pth")]
+    options += ["--device-modules", "timm_gsop", "tests.cpu_distributed"]
+    (row,) = train(digits, tmp_path, *options, processes=2)
+    assert float(row["train_loss"]) < 2.4
+    saved = torch.load(tmp_path / "run/last.pth.tar", weights_only=False)
+    gates = [value for name, value in saved["state_dict_ema"].items() if "expand_conv.weight" in name]
+    assert len(gates) == 2
+    assert all(value.count_nonzero() > 0 for value in gates)  # the blocks are not neutral any more

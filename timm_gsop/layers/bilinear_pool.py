@@ -119,9 +119,10 @@ def _tensor_sketch(x: torch.Tensor, hashes: torch.Tensor, signs: torch.Tensor, o
     # The transform is linear: one transform back, of the sum over positions.
     sketch = torch.fft.irfft((first * second).sum(dim=1), n=out_features)
     # What is smaller than the rounding of the transforms is zero, above all an element that no two hashes add up to.
-    # Without this, the square root that follows would make it visible: 1e-8 becomes 1e-4, of a sign by chance.
+    # Without this, the square root that follows would make it visible: 1e-8 becomes 1e-4, of a sign by chance. NaN is
+    # not smaller than anything.
     rounding = (2.0**-22 if x.dtype == torch.float32 else 2.0**-51) * x.square().sum(dim=(1, 2)).unsqueeze(1)
-    return torch.where(sketch.abs() > rounding, sketch, torch.zeros_like(sketch))
+    return torch.where(sketch.abs() < rounding, torch.zeros_like(sketch), sketch)
 
 
 def _count_sketch(x: torch.Tensor, hashes: torch.Tensor, signs: torch.Tensor, out_features: int) -> torch.Tensor:
@@ -149,7 +150,10 @@ def signed_sqrt_normalize(x: torch.Tensor) -> torch.Tensor:
 class BilinearPool2d(nn.Module):
     """Bilinear pooling (ICCV 2015): all products of two channels, signed square root, Euclidean normalization.
 
-    It is computed in at least float32, also under autocast; the output has the dtype of the input.
+    The square root is steep near zero: where features are of both signs, so that products cancel, rounding the features
+    to half precision changes the gradient by a quarter (float16) or a half (bfloat16) of its norm. Features after a
+    ReLU, such as those of the reduction, do not cancel. Pooling itself is computed in at least float32, also under
+    autocast; the output has the dtype of the input.
 
     Args:
         in_features: Channels of the input, C.
