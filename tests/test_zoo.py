@@ -121,7 +121,7 @@ def test_an_image_that_is_too_small_is_named(base, smallest):
 
 def test_every_way_to_a_graph():
     """The image's size is checked only outside of graphs."""
-    model = create("densenet121", 2, block_config=(1, 1, 1, 1)).eval()
+    model = create("densenet121", 1, block_config=(1, 1, 1, 1)).eval()
     x = torch.randn(1, 3, 96, 80)
     expected = model(x)
     graphs = [torch.jit.script(model), torch.jit.trace(model, x), torch.fx.symbolic_trace(model)]

@@ -110,11 +110,11 @@ class GsopMixin(GlobalPoolMixin):
         raise NotImplementedError
 
 
-def reset_parameters(module: nn.Module, package: str = "") -> None:
+def reset_parameters(module: Any, package: str = "") -> None:
     """Give layers the weights and statistics that their own constructors give.
 
     Args:
-        module: What holds the layers.
+        module: The network or layer that holds them.
         package: Where the classes of the layers come from; others are left as they are.
     """
     for layer in reversed(list(module.modules())):  # children first: a layer has the last word about its parts
