@@ -322,6 +322,8 @@ def test_a_fine_grained_recipe_has_two_rates(name, kwargs):
     fast = {names[p] for group in groups if group["lr_scale"] == 1 for p in group["params"]}
     assert {group["lr_scale"] for group in groups} == {0.2, 1}
     assert fast == {key for key in names.values() if key.startswith(("global_pool.", "fc.", "classifier."))}
+    timm.optim.param_groups_layer_decay(model, layer_decay=0.2, min_scale=0.2, no_opt_scale=0.5)
+    assert fast == {key for key, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @small_models
