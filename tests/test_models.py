@@ -273,8 +273,9 @@ DROPS = [
 def test_dropout_before_the_classifier(name, kwargs, share, tmp_path):
     model = create(name, **kwargs)
     assert dropped(model) == pytest.approx(share, abs=0.06)
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-    assert dropped(timm.create_model(f"local-dir:{tmp_path}")) == pytest.approx(share, abs=0.06)
+    if "drop_rate" not in kwargs:  # which timm does not save
+        timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+        assert dropped(timm.create_model(f"local-dir:{tmp_path}")) == pytest.approx(share, abs=0.06)
 
 
 def test_dropout_follows_the_pooling():
@@ -321,6 +322,8 @@ def test_a_fine_grained_recipe_has_two_rates(name, kwargs):
     fast = {names[p] for group in groups if group["lr_scale"] == 1 for p in group["params"]}
     assert {group["lr_scale"] for group in groups} == {0.2, 1}
     assert fast == {key for key in names.values() if key.startswith(("global_pool.", "fc.", "classifier."))}
+    timm.optim.param_groups_layer_decay(model, layer_decay=0.2, min_scale=0.2, no_opt_scale=0.5)
+    assert fast == {key for key, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @small_models

@@ -112,19 +112,23 @@ class GsopMixin(GlobalPoolMixin):
         if self._built:  # else timm's constructor calls it, before there are blocks and a head
             reset_parameters(self)
         self.init_base(*args, **kwargs)
-        if self._built and self.num_classes > 0:
-            self.get_classifier().reset_parameters()
-        for module in self.modules():
-            if type(module).__module__.startswith("timm_gsop.layers.") and hasattr(module, "init_weights"):
-                module.init_weights()
+        if self._built:
+            reset_parameters(self.get_classifier())
+        reset_parameters(self, package="timm_gsop.layers.")
 
     def init_base(self) -> None:
         """Initialize what the base network has, as its constructor does."""
         raise NotImplementedError
 
 
-def reset_parameters(module: Any) -> None:
-    """Give all layers in a module the weights and statistics that their own constructors give."""
-    for layer in reversed(list(module.modules())):  # parents last: they may refine what their children do
-        if hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()
+def reset_parameters(module: Any, package: str = "") -> None:
+    """Give layers the weights and statistics that their own constructors give.
+
+    Args:
+        module: The network or layer that holds them.
+        package: Where the classes of the layers come from; others are left as they are.
+    """
+    for layer in reversed(list(module.modules())):  # children first: a layer has the last word about its parts
+        reset: Any = getattr(layer, "reset_parameters", None)
+        if reset is not None and type(layer).__module__.startswith(package):
+            reset()
