@@ -1,6 +1,7 @@
 """Blocks that start without changing what a network computes, so that trained weights can be built upon."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,10 +30,10 @@ class _Scaling(NamedTuple):
 
 
 class _Site(NamedTuple):
-    """A block, by the prefix of its weights, and what makes up for it when it is neutral."""
+    """A block, by the prefix of its weights, and what makes up for it when it is neutral, asked only then."""
 
     block: str
-    scalings: list[_Scaling]
+    scalings: Callable[[], list[_Scaling]]
 
 
 @torch.no_grad()
@@ -60,10 +61,11 @@ def neutral_start(model: nn.Module, weights: Weights) -> Weights:
     """
     weights = dict(weights)
     new = [site for site in _sites(model) if not any(name.startswith(site.block) for name in weights)]
-    for site in new:
+    scalings = [site.scalings() for site in new]  # before anything changes
+    for site, made_up_by in zip(new, scalings, strict=True):
         gsop = model.get_submodule(site.block[:-1])
         _silence(gsop)
-        for name, factor, inputs in site.scalings:
+        for name, factor, inputs in made_up_by:
             if name in weights:
                 value = weights[name].clone()
                 (value if value.ndim == 1 else value[:, inputs]).mul_(factor)
@@ -91,14 +93,18 @@ def _sites_in_resnet(model: Any) -> Iterator[_Site]:
         layer = model.get_submodule(f"layer{stage}")
         prefix = f"layer{stage}.{len(layer) - 1}."
         if isinstance(layer[-1], GsopBlock):
-            readers = _readers_in_resnet(model, stage) if stage < 4 else _head_readers(model)
-            yield _Site(f"{prefix}gsop.", _read_by(readers))
+            yield _Site(f"{prefix}gsop.", partial(_read_in_resnet, model, stage))
         elif isinstance(getattr(layer[-1], "se", None), ChannelGsop | PositionGsop | FusedGsop):
-            bn = "bn3" if hasattr(layer[-1], "bn3") else "bn2"
-            yield _Site(f"{prefix}se.", [_Scaling(f"{prefix}{bn}.{name}", 2.0) for name in ("weight", "bias")])
+            yield _Site(f"{prefix}se.", partial(_doubled, f"{prefix}{'bn3' if hasattr(layer[-1], 'bn3') else 'bn2'}"))
 
 
-def _readers_in_resnet(model: Any, stage: int) -> list[str]:
+def _doubled(bn: str) -> list[_Scaling]:
+    return [_Scaling(f"{bn}.{name}", 2.0) for name in ("weight", "bias")]
+
+
+def _read_in_resnet(model: Any, stage: int) -> list[_Scaling]:
+    if stage == 4:
+        return _read_by_head(model)
     following = f"layer{stage + 1}.0"
     downsample = model.get_submodule(following).downsample
     if downsample is None:
@@ -108,21 +114,21 @@ def _readers_in_resnet(model: Any, stage: int) -> list[str]:
             f"{stage}, or stages of different width."
         )
     projection = [name for name, module in downsample.named_modules() if isinstance(module, nn.Conv2d)]
-    return [f"{following}.conv1.weight", *(f"{following}.downsample.{name}.weight" for name in projection)]
+    return _read_by([f"{following}.conv1.weight", *(f"{following}.downsample.{name}.weight" for name in projection)])
 
 
 def _sites_in_densenet(model: Any) -> Iterator[_Site]:
     for stage in range(1, 4):
         transition = f"features.transition{stage}"
         if hasattr(model.get_submodule(transition), "gsop"):
-            # GsopDenseNet's eps here is larger by the gain's square, so the normalized values are the same.
-            statistics = [
-                _Scaling(f"{transition}.norm.running_mean", NEUTRAL_GAIN),
-                _Scaling(f"{transition}.norm.running_var", NEUTRAL_GAIN**2),
-            ]
-            yield _Site(f"{transition}.gsop.gsop.", statistics)
+            yield _Site(f"{transition}.gsop.gsop.", partial(_normalized_by, f"{transition}.norm"))
     if hasattr(model.features.norm5, "gsop"):
-        yield _Site("features.norm5.gsop.gsop.", _read_by(_head_readers(model)))
+        yield _Site("features.norm5.gsop.gsop.", partial(_read_by_head, model))
+
+
+def _normalized_by(bn: str) -> list[_Scaling]:
+    # GsopDenseNet's eps there is larger by the gain's square, so the normalized values are the same.
+    return [_Scaling(f"{bn}.running_mean", NEUTRAL_GAIN), _Scaling(f"{bn}.running_var", NEUTRAL_GAIN**2)]
 
 
 # Inception-v3, by the module that a block follows: what reads it in the next one; what reads, in the one after that,
@@ -141,19 +147,22 @@ _INCEPTION = {
 
 def _sites_in_inception(model: Any) -> Iterator[_Site]:
     for info in model.feature_info[2:]:
-        name = info["module"]
-        if not hasattr(model.get_submodule(name), "gsop"):
-            continue
-        if name in _INCEPTION:
-            (following, direct), (later, behind) = _INCEPTION[name]
-            passed_on = slice(-info["num_chs"], None)  # concatenated last
-            scalings = [
-                *_read_by([f"{following}.{branch}.conv.weight" for branch in direct]),
-                *_read_by([f"{later}.{branch}.conv.weight" for branch in behind], passed_on),
-            ]
-        else:
-            scalings = _read_by(_head_readers(model))
-        yield _Site(f"{name}.gsop.gsop.", scalings)
+        if hasattr(model.get_submodule(info["module"]), "gsop"):
+            yield _Site(f"{info['module']}.gsop.gsop.", partial(_read_in_inception, model, **info))
+
+
+def _read_in_inception(model: Any, module: str, num_chs: int, **_: Any) -> list[_Scaling]:
+    if module not in _INCEPTION:
+        return _read_by_head(model)
+    (following, direct), (later, behind) = _INCEPTION[module]
+    return [
+        *_read_by([f"{following}.{branch}.conv.weight" for branch in direct]),
+        *_read_by([f"{later}.{branch}.conv.weight" for branch in behind], slice(-num_chs, None)),  # concatenated last
+    ]
+
+
+def _read_by_head(model: Any) -> list[_Scaling]:
+    return _read_by(_head_readers(model))
 
 
 def _head_readers(model: Any) -> list[str]:
