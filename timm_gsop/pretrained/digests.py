@@ -45,15 +45,15 @@ def published_id(model: str) -> str | None:
     return found[-1] if found else None  # the latest line holds
 
 
-def sums_line(repo_id: str, commit: str | None, weights: Path) -> str:
+def sums_line(repo_id: str, commit: str, weights: Path) -> str:
     """The line for SHA256SUMS of weights that were published.
 
     Args:
         repo_id: The repository, ORG/NAME.
-        commit: The commit that has them; None if it is not known yet.
+        commit: The commit that has them.
         weights: The file.
     """
-    return f"{sha256_of(weights)}  {repo_id}{f'@{commit}' if commit else ''}/{WEIGHTS}"
+    return f"{sha256_of(weights)}  {repo_id}@{commit}/{WEIGHTS}"
 
 
 def sha256_of(file: Path) -> str:
