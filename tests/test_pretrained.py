@@ -3,8 +3,11 @@
 import copy
 import hashlib
 import logging
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,6 +155,19 @@ def test_a_head_with_a_part_missing_is_still_an_error(name, tmp_path):
     overlay = dict(pretrained_cfg_overlay=dict(file=str(tmp_path / "weights.pth")))
     with pytest.raises(RuntimeError, match=f"Missing key.*{name}"):
         timm.create_model("gsop_preresnet20_net2", pretrained=True, **overlay)
+
+
+def test_a_checkpoint_of_train_py_as_pretrained_path(tmp_path, caplog):
+    """train.py's ``--pretrained --pretrained-path``: everything but the classifier, whatever the classes."""
+    model = timm.create_model("gsop_preresnet20_net2.untrained", num_classes=5).eval()
+    torch.save(dict(epoch=1, state_dict=model.state_dict()), tmp_path / "model_best.pth.tar")
+    overlay = dict(file=str(tmp_path / "model_best.pth.tar"), num_classes=-1)
+    tuned = timm.create_model("gsop_preresnet20_net2", pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay)
+    x = torch.randn(2, 3, 28, 28)
+    features = [m.forward_head(m.forward_features(x), pre_logits=True) for m in (tuned.eval(), model)]
+    torch.testing.assert_close(*features, rtol=0, atol=0)
+    assert not torch.equal(tuned.fc.weight, model.fc.weight)
+    assert HEAD not in caplog.text
 
 
 SMALL_BASES = {
@@ -324,3 +340,20 @@ def test_a_networks_own_configuration_does_not_describe_the_weights_of_its_name(
     for word in ("Fashion", "T-shirt", "measured", "license", "apache"):
         assert word not in text
     assert '"input_size": [\n      3,\n      28' in text  # what the network takes stays
+
+
+def test_a_damaged_shipped_file_is_refused(tmp_path):
+    package = Path(shipped("")).parents[2]
+    shutil.copytree(package, tmp_path / "timm_gsop")
+    file = tmp_path / "timm_gsop/pretrained/shipped/gsop_preresnet20_net1.fashion_mnist.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    code = "import timm; timm.create_model('gsop_preresnet20_net1', pretrained=True)"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"{file} was damaged: its SHA-256 is" in last
+    assert last.endswith("It is part of timm-gsop: install the package again.")
+    assert file.exists()

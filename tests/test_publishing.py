@@ -206,7 +206,7 @@ def spoil(kind: str, folder: Path) -> None:
         ("same label", "label_names in config.json are 1 different ones; accepted: 7"),
         ("label descriptions", "label_descriptions in config.json has 'h'"),
         ("arguments", "does not load: .*size mismatch"),
-        ("pool", "does not load: model.safetensors and config.json differ in fc.weight"),
+        ("pool", "does not load: model.safetensors and config.json differ in fc.bias"),
     ],
 )
 def test_an_unsound_folder_is_refused(kind, message, folder, tmp_path):

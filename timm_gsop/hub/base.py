@@ -80,18 +80,18 @@ class Base(NamedTuple):
             return 32  # a ResNet of timm
         return target.feature_info[-1]["reduction"]
 
-    def preprocessing(self, model: Any, say: bool = True) -> dict[str, Any]:
+    def preprocessing(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
         """The preprocessing that they were trained with; where it is not known, the default of the network's name.
 
         Args:
             model: The network that they were loaded into.
-            say: Whether to log that it is not known.
+            given: What the user says of it, which comes first.
         """
         if self.data_config is not None:
-            return self.data_config
+            return {**self.data_config, **given}
         name = model.pretrained_cfg["architecture"]
-        config = resolve_input_data_config(model, pretrained_cfg=get_pretrained_cfg(name).to_dict())
-        if say:
+        config = resolve_input_data_config(model, args=given, pretrained_cfg=get_pretrained_cfg(name).to_dict())
+        if not given:
             _logger.warning(
                 "No args.yaml is beside %s: its preprocessing is taken to be the default of %s, %s. --input-size, "
                 "--mean and --std say otherwise.",

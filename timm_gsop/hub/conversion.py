@@ -29,6 +29,11 @@ REPOSITORIES = {
     "gsop": "https://github.com/ZilinGao/Global-Second-order-Pooling-Convolutional-Networks",
     "fast-mpn-cov": "https://github.com/jiangtaoxie/fast-MPN-COV",
 }
+_NO_NAME = (
+    "model_name=None with source='timm', checkpoint={checkpoint!r}; accepted: one of our networks, gsop_resnet50_net1 "
+    "for one; or as checkpoint one of our networks that has pretrained weights, a folder of one, or a file of "
+    "train.py's with its args.yaml beside it."
+)
 REDUCTION = "global_pool.reduction.conv.weight"
 
 _logger = logging.getLogger(__name__)
@@ -67,7 +72,12 @@ def convert(
     check_choice("source", source, SOURCES)
     check_new_folder(folder)
     given = model_kwargs or {}
-    if source == "timm" and model_name is None and is_ours(checkpoint) and not Path(checkpoint).exists():
+    if (
+        source == "timm"
+        and model_name is None
+        and timm.is_model(checkpoint.partition(".")[0])
+        and not Path(checkpoint).exists()
+    ):
         return _save_pretrained(checkpoint, folder, given, data_config)
     base = find_base(checkpoint) if source == "timm" else _released_base(source, Path(checkpoint), model_name, given)
     name = _name_for(base, checkpoint, model_name)
@@ -77,19 +87,14 @@ def convert(
     model = timm.create_model(f"{name}.untrained", **kwargs).eval()
     _check_head(model, base.weights, checkpoint, name)
     load_exactly(model, _fit(base.weights, model))
-    preprocessing = {**base.preprocessing(model, say=not data_config), **(data_config or {})}
-    save_hub_folder(model, folder, preprocessing, base.provenance_in(name), base.labels)
+    save_hub_folder(model, folder, base.preprocessing(model, data_config or {}), base.provenance_in(name), base.labels)
     return model
 
 
 def _name_for(base: Base, checkpoint: str, model_name: str | None) -> str:
     name = model_name or (base.architecture if base.is_ours else None)
     if name is None:
-        raise ValueError(
-            f"model_name=None with source='timm', checkpoint={checkpoint!r}; accepted: one of our networks, "
-            "gsop_resnet50_net1 for one; or as checkpoint one of our networks that has pretrained weights, a folder of "
-            "one, or a file of train.py's with its args.yaml beside it."
-        )
+        raise ValueError(_NO_NAME.format(checkpoint=checkpoint))
     if not is_ours(name):
         raise ValueError(f"model_name={name!r} is none of timm-gsop's; accepted: those, gsop_resnet50_net1 for one.")
     return name
@@ -97,9 +102,9 @@ def _name_for(base: Base, checkpoint: str, model_name: str | None) -> str:
 
 def _save_pretrained(name: str, folder: Path, given: dict[str, Any], data_config: dict[str, Any] | None) -> nn.Module:
     """Save one of our networks with its pretrained weights."""
-    cfg = get_pretrained_cfg(name)
-    if not cfg.has_weights:
-        raise ValueError(f"checkpoint={name!r} has no pretrained weights; accepted: names in timm.list_pretrained().")
+    cfg = get_pretrained_cfg(name) if is_ours(name) else None
+    if cfg is None or not cfg.has_weights:
+        raise ValueError(_NO_NAME.format(checkpoint=name))
     model = timm.create_model(name, pretrained=True, **given).eval()
     labels = dict(label_names=cfg.label_names) if cfg.label_names and model.num_classes == cfg.num_classes else None
     save_hub_folder(model, folder, data_config, cfg, labels)
