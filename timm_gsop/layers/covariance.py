@@ -28,6 +28,12 @@ def covariance_pool(x: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: If ``x`` has neither three nor four dimensions.
+
+    Examples:
+        >>> x = torch.tensor([[[1.0, 3.0], [2.0, 6.0]]])  # one image, two channels, two positions
+        >>> covariance_pool(x)
+        tensor([[[1., 2.],
+                 [2., 4.]]])
     """
     if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
         return _covariance(x.flatten(2))
@@ -87,6 +93,10 @@ def position_covariance(x: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: If ``x`` has neither three nor four dimensions.
+
+    Examples:
+        >>> position_covariance(torch.randn(2, 16, 4, 4)).shape
+        torch.Size([2, 16, 16])
     """
     if not torch.jit.is_scripting():  # does not know our checks
         check_ndim("x", x, (3, 4), "(B, C, H, W) or (B, C, M)")
@@ -106,6 +116,10 @@ def triu_vectorize(mat: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: If ``mat`` is not a batch of square matrices.
+
+    Examples:
+        >>> triu_vectorize(torch.tensor([[[1, 2], [2, 3]]]))
+        tensor([[1, 2, 3]])
     """
     if not torch.jit.is_scripting():
         check_square("mat", mat)
@@ -141,7 +155,8 @@ def _take(mat: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 def _take_constant(mat: torch.Tensor, triangle: Callable[[int], tuple[Any, Any]]) -> torch.Tensor:
     """As :func:`_take`, with indices that a trace holds as constants: converters lack an operation that makes them."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of a size that never changes: the weights have it
-        rows, columns = triangle(int(mat.shape[2]))
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # the size is that of the weights: it is constant
         size = int(mat.shape[2])
-    return mat.flatten(1).index_select(1, torch.as_tensor(rows * size + columns, device=mat.device))
+        rows, columns = triangle(size)
+        indices = torch.as_tensor(rows * size + columns, device=mat.device)
+    return mat.flatten(1).index_select(1, indices)

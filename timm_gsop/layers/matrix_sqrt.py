@@ -32,6 +32,11 @@ def newton_schulz_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
 
     Raises:
         ValueError: If ``cov`` is not a batch of square matrices, or ``num_iters`` < 1.
+
+    Examples:
+        >>> cov = torch.diag(torch.tensor([4.0, 1.0]))[None]
+        >>> torch.allclose(newton_schulz_sqrt(cov, num_iters=20), torch.diag(torch.tensor([2.0, 1.0])))
+        True
     """
     if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
         return _newton_schulz(at_least_float32(cov), num_iters)
@@ -76,7 +81,7 @@ def _first_factor(a: torch.Tensor) -> torch.Tensor:
 
 def _factor(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """(3I - Z Y) / 2."""
-    return torch.baddbmm(1.5 * _eye(y), z, y, alpha=-0.5)
+    return _add_product(1.5 * _eye(y), z, y, alpha=-0.5)
 
 
 def _two_factors(p: torch.Tensor) -> torch.Tensor:
@@ -87,9 +92,19 @@ def _two_factors(p: torch.Tensor) -> torch.Tensor:
     """
     r = 2 + (5 + 24**0.5) ** (1 / 3) + (5 - 24**0.5) ** (1 / 3)
     eye = _eye(p)
-    left = torch.sub(3 * r * eye, p, alpha=3 + r).baddbmm_(p, p)
+    left = _add_product(torch.sub(3 * r * eye, p, alpha=3 + r), p, p)
     right = torch.add(left, p, alpha=2 * r - 3).add_((12 / r - 3 * r) * eye)
-    return torch.baddbmm(left, left, right, beta=0, alpha=1 / 16)
+    return _add_product(left, left, right, beta=0.0, alpha=1 / 16)
+
+
+def _add_product(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1.0, alpha: float = 1.0
+) -> torch.Tensor:
+    """Return beta · X + alpha · A B."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
+        if torch.jit.is_tracing():  # counters of operations, which trace, know bmm and not baddbmm
+            return beta * x + alpha * torch.bmm(a, b)
+    return torch.baddbmm(x, a, b, beta=beta, alpha=alpha)
 
 
 def _eye(mat: torch.Tensor) -> torch.Tensor:
@@ -205,8 +220,8 @@ def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def eigh_power(cov: torch.Tensor, power: float = 0.5) -> torch.Tensor:
     r"""Matrix power by eigen-decomposition (MPN-COV, ICCV 2017), :math:`U \Lambda^p U^\top`.
 
-    Eigenvalues up to C · eps times the largest are numerically zero: they stay zero, and no gradient flows between two
-    of them. The gradient is the Daleckii–Krein formula, finite for repeated eigenvalues also, where that of
+    Eigenvalues up to C · eps times the largest count as zero: they stay zero, and no gradient flows between two of
+    them. The gradient is the Daleckii–Krein formula, finite for repeated eigenvalues also, where that of
     ``torch.linalg.eigh`` is not.
 
     Args:
@@ -218,6 +233,11 @@ def eigh_power(cov: torch.Tensor, power: float = 0.5) -> torch.Tensor:
 
     Raises:
         ValueError: If ``cov`` is not a batch of square matrices, or ``power`` is not positive.
+
+    Examples:
+        >>> cov = torch.diag(torch.tensor([4.0, 1.0]))[None]
+        >>> torch.allclose(eigh_power(cov) @ eigh_power(cov), cov)
+        True
     """
     if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
         return _eigh_power(at_least_float32(cov), power)

@@ -85,6 +85,11 @@ class OfficialChannelGsop(ChannelGsop):
 
     Raises:
         ValueError: If an argument < 1; in ``forward``, if the input does not have four dimensions.
+
+    Examples:
+        >>> gsop = OfficialChannelGsop(64, cov_dim=16, stride=2)
+        >>> gsop(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 64, 8, 8])
     """
 
     def __init__(
@@ -181,7 +186,7 @@ class OfficialPositionGsop(PositionGsop):
         Gsop.__init__(
             self,
             OfficialReduction(channels, rd_channels, nn.Identity(), **dd),
-            CovarianceExcitation(positions, positions, row_conv_bn=False, act=nn.ReLU(inplace=True), **dd),
+            CovarianceExcitation(positions, positions, row_conv_bn=False, act=nn.ReLU(), **dd),
         )
         self.spatial_size = spatial_size
 
