@@ -58,6 +58,17 @@ def neutral_start(model: nn.Module, weights: Weights) -> Weights:
         ValueError: If the model is not a GSoP ResNet, DenseNet or Inception-v3, or a new block cannot be neutral: in
             the official flavor those with position-wise parts, which end in a ReLU or a batch normalization; after a
             stage whose output goes through an identity shortcut.
+
+    Example:
+        >>> import timm
+        >>> small = dict(channels=(8, 16, 24, 32), num_classes=10)
+        >>> base = timm.create_model("resnet26", **small).eval()
+        >>> model = timm.create_model("gsop_resnet26_net1", last_stride=2, cov_dim=8, **small).eval()
+        >>> model.load_state_dict(neutral_start(model, base.state_dict()))
+        <All keys matched successfully>
+        >>> x = torch.randn(2, 3, 64, 64)
+        >>> torch.allclose(model(x), base(x), rtol=1e-4, atol=1e-5)
+        True
     """
     weights = dict(weights)
     new = [site for site in _sites(model) if not any(name.startswith(site.block) for name in weights)]
