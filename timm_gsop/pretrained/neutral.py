@@ -129,12 +129,11 @@ def _read_in_resnet(model: Any, stage: int) -> list[_Scaling]:
 
 
 def _sites_in_densenet(model: Any) -> Iterator[_Site]:
-    for stage in range(1, 4):
-        transition = f"features.transition{stage}"
-        if hasattr(model.get_submodule(transition), "gsop"):
-            yield _Site(f"{transition}.gsop.gsop.", partial(_normalized_by, f"{transition}.norm"))
-    if hasattr(model.features.norm5, "gsop"):
-        yield _Site("features.norm5.gsop.gsop.", partial(_read_by_head, model))
+    for name, module in model.features.named_children():
+        if hasattr(module, "gsop"):
+            is_last = name == "norm5"
+            scalings = partial(_read_by_head, model) if is_last else partial(_normalized_by, f"features.{name}.norm")
+            yield _Site(f"features.{name}.gsop.gsop.", scalings)
 
 
 def _normalized_by(bn: str) -> list[_Scaling]:
