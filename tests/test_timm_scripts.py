@@ -23,7 +23,7 @@ import torch
 import yaml
 from PIL import Image
 
-from benchmarks.fashion_mnist import sample
+from tests.fashion_mnist import sample
 from timm_gsop.hub import convert, stage
 from timm_gsop.viz.summary import read_summary
 

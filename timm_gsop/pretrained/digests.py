@@ -10,7 +10,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-__all__ = ["HUB_ORGANISATION", "SHIPPED", "known_digest", "published_id", "sha256_of", "sums_line"]
+__all__ = ["HUB_ORGANISATION", "SHIPPED", "known_digest", "published_id", "record_shipped", "sha256_of", "sums_line"]
 
 HUB_ORGANISATION = "timm-gsop"
 """Owner of our repositories on the Hub."""
@@ -54,6 +54,15 @@ def sums_line(repo_id: str, commit: str, weights: Path) -> str:
         weights: The file.
     """
     return f"{sha256_of(weights)}  {repo_id}@{commit}/{WEIGHTS}"
+
+
+def record_shipped(file: Path) -> None:
+    """Write the digest of a file of this package into SHA256SUMS, in place of a former one."""
+    name = f"{file.parent.name}/{file.name}"
+    lines = [line for line in SUMS.read_text(encoding="ascii").splitlines() if not line.endswith(f"  {name}")]
+    partial = SUMS.with_name(f".{SUMS.name}.partial")
+    partial.write_text("\n".join([*lines, f"{sha256_of(file)}  {name}"]) + "\n", encoding="ascii")
+    partial.replace(SUMS)
 
 
 def sha256_of(file: Path) -> str:
