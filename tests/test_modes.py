@@ -80,7 +80,7 @@ NETWORKS = {
     "resnext": ("gsop_resnext50_32x4d_net2", dict(NARROW, cardinality=2)),
     "preresnet": (
         "gsop_preresnet20_net2.untrained",
-        dict(depth=1, num_classes=5, cov_dim=8, isqrt_dim=6, drop_rate=0.0),
+        dict(depth=1, num_classes=5, cov_dim=8, isqrt_dim=6, isqrt_drop=0.0),
     ),
     "densenet": (
         "gsop_densenet121_net2",
