@@ -151,11 +151,20 @@ def test_normalization_is_row_wise(gsop_class):
     torch.testing.assert_close(rows.var(1, correction=0), torch.ones(len(rows)), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_row_convolution_is_a_grouped_convolution(bias):
-    conv = RowConv2d(5, bias, dtype=torch.float64)
-    x = torch.randn(3, 5, 5, 1, dtype=torch.float64)
-    torch.testing.assert_close(conv(x), nn.functional.conv2d(x, conv.weight, conv.bias, groups=5))
+@pytest.mark.parametrize("size", [(5, 1), (7, 1), (5, 3)], ids=str)
+@pytest.mark.parametrize(
+    "kwargs",
+    [dict(), dict(bias=False), dict(stride=2), dict(padding=(1, 0)), dict(groups=1), dict(dilation=1)],
+    ids=str,
+)
+def test_row_convolution_is_pytorchs_convolution(kwargs, size):
+    """The same arguments give the same result, on whole rows and on anything else."""
+    arguments = dict(in_channels=5, out_channels=20, kernel_size=(5, 1), groups=5, dtype=torch.float64)
+    conv = RowConv2d(**{**arguments, **kwargs})
+    plain = nn.Conv2d(**{**arguments, **kwargs})
+    plain.load_state_dict(conv.state_dict())
+    x = torch.randn(3, 5, *size, dtype=torch.float64)
+    torch.testing.assert_close(conv(x), plain(x))
 
 
 @every_kind

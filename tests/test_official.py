@@ -40,25 +40,25 @@ def test_channel_weights(stride):
     """ReLU, strided convolution with bias, BN, ReLU, covariance, row BN, two convolutions with nothing between."""
     gsop = randomize(OfficialChannelGsop(5, 4, stride, dtype=torch.float64)).eval()
     x = torch.randn(2, 5, 7, 6, dtype=torch.float64)
-    for sample, weights in zip(x, gsop.channel_weights(x), strict=True):
+    for sample, weights in zip(x, gsop.weights(x), strict=True):
         pixels = sample[:, ::stride, ::stride].flatten(1).clamp_min(0)
         reduced = normalize(gsop.reduction.bn, convolve(gsop.reduction.conv, pixels)).clamp_min(0)
         expected = excite(gsop.excitation, torch.cov(reduced, correction=0), act=lambda hidden: hidden)
         torch.testing.assert_close(weights.flatten(), expected)
-    torch.testing.assert_close(gsop(x), x * gsop.channel_weights(x))
+    torch.testing.assert_close(gsop(x), x * gsop.weights(x))
 
 
 def test_position_weights():
     """ReLU, convolution with bias, BN and no ReLU, pooling, row BN, convolutions with ReLU between, nearest pixels."""
     gsop = randomize(OfficialPositionGsop(5, 4, 2, dtype=torch.float64)).eval()
     x = torch.randn(2, 5, 4, 6, dtype=torch.float64)
-    for sample, weights in zip(x, gsop.position_weights(x), strict=True):
+    for sample, weights in zip(x, gsop.weights(x), strict=True):
         reduced = normalize(gsop.reduction.bn, convolve(gsop.reduction.conv, sample.flatten(1).clamp_min(0)))
         pooled = reduced.view(4, 2, 2, 2, 3).mean((2, 4)).flatten(1)
         cov = official_position_covariance(pooled[None, :, :, None])[0]
         expected = excite(gsop.excitation, cov, act=torch.relu).view(2, 2)
         torch.testing.assert_close(weights[0], expected.repeat_interleave(2, 0).repeat_interleave(3, 1))
-    torch.testing.assert_close(gsop(x), (x * gsop.position_weights(x)).clamp_min(0))
+    torch.testing.assert_close(gsop(x), (x * gsop.weights(x)).clamp_min(0))
 
 
 def test_position_covariance_centres_with_the_number_of_positions():

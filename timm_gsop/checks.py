@@ -54,14 +54,15 @@ def check_ndim(name: str, x: torch.Tensor, accepted: tuple[int, ...], layout: st
 
 def check_square(name: str, x: torch.Tensor) -> None:
     """Raise ``ValueError`` unless ``x`` is a batch of square matrices, of shape (B, C, C)."""
-    if x.ndim != 3 or x.shape[-1] != x.shape[-2]:
+    # Within torch.jit.trace sizes are tensors, and whatever tests them is recorded as a constant, with a warning.
+    if x.ndim != 3 or (not torch.jit.is_tracing() and x.shape[-1] != x.shape[-2]):
         raise ValueError(f"{name} has shape {tuple(x.shape)}; accepted: (B, C, C), a batch of square matrices.")
 
 
 def check_batch_for_training(name: str, x: torch.Tensor, bn: nn.Module) -> None:
     """Raise ``ValueError`` for a batch of one where ``bn``, fed one value a channel and sample, is in training."""
     # SyncBatchNorm may see more samples on other processes, a frozen one needs none: neither is a BatchNorm2d.
-    if isinstance(bn, nn.BatchNorm2d) and bn.training and x.shape[0] == 1:
+    if isinstance(bn, nn.BatchNorm2d) and bn.training and not torch.jit.is_tracing() and x.shape[0] == 1:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}, a batch of one: in training the excitation's batch normalization "
             "needs a batch of at least 2. Use a larger batch, drop the last incomplete one, or call eval()."

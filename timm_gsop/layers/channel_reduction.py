@@ -3,8 +3,6 @@
 import torch
 from torch import nn
 
-from timm_gsop.layers.pointwise_conv import PointwiseConv2d
-
 __all__ = ["ChannelReduction"]
 
 
@@ -25,7 +23,7 @@ class ChannelReduction(nn.Sequential):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.conv = PointwiseConv2d(in_channels, out_channels, bias=False, device=device, dtype=dtype)
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, device=device, dtype=dtype)
         self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
         self.act = nn.ReLU(inplace=True)
         self.reset_parameters()

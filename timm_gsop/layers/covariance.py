@@ -1,11 +1,14 @@
 """Covariance of feature maps, and its triangle as a vector."""
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from timm_gsop.checks import check_ndim, check_square
-from timm_gsop.layers.precision import autocast_disabled
+from timm_gsop.layers.gradients import evaluate, without_autocast
 
 __all__ = ["covariance_pool", "position_covariance", "tril_vectorize", "triu_vectorize"]
 
@@ -29,8 +32,7 @@ def covariance_pool(x: torch.Tensor) -> torch.Tensor:
     if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
         return _covariance(x.flatten(2))
     check_ndim("x", x, (3, 4), "(B, C, H, W) or (B, C, M)")
-    with autocast_disabled(x.device):
-        return _Covariance.apply(x.flatten(2))
+    return evaluate(_Covariance, _covariance, x.flatten(2))
 
 
 def _covariance(x: torch.Tensor) -> torch.Tensor:
@@ -58,11 +60,13 @@ class _Covariance(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         (x,) = ctx.saved_tensors
         grad = (grad + grad.transpose(1, 2)) / x.shape[2]
         centred = _centre(x)
-        if x.stride(1) == 1:  # channels last: so is the gradient then
+        # Channels last: so is the gradient then. The compiler decides about layouts itself.
+        if not torch.compiler.is_compiling() and x.stride(1) == 1:
             return torch.bmm(centred.transpose(1, 2), grad).transpose(1, 2).to(x.dtype)
         return torch.bmm(grad, centred).to(x.dtype)
 
@@ -105,6 +109,8 @@ def triu_vectorize(mat: torch.Tensor) -> torch.Tensor:
     """
     if not torch.jit.is_scripting():
         check_square("mat", mat)
+        if torch.jit.is_tracing():
+            return _take_constant(mat, np.triu_indices)
     # Made at each call and not kept as a buffer: a non-persistent one is garbage after meta-device loading.
     return _take(mat, torch.triu_indices(mat.shape[2], mat.shape[2], device=mat.device))
 
@@ -123,8 +129,19 @@ def tril_vectorize(mat: torch.Tensor) -> torch.Tensor:
     """
     if not torch.jit.is_scripting():
         check_square("mat", mat)
+        if torch.jit.is_tracing():
+            return _take_constant(mat, np.tril_indices)
     return _take(mat, torch.tril_indices(mat.shape[2], mat.shape[2], device=mat.device))
 
 
 def _take(mat: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return mat.flatten(1).index_select(1, indices[0] * mat.shape[2] + indices[1])
+
+
+def _take_constant(mat: torch.Tensor, triangle: Callable[[int], tuple[Any, Any]]) -> torch.Tensor:
+    """As :func:`_take`, with indices that a trace holds as constants: converters lack an operation that makes them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of a size that never changes: the weights have it
+        rows, columns = triangle(int(mat.shape[2]))
+        size = int(mat.shape[2])
+    return mat.flatten(1).index_select(1, torch.as_tensor(rows * size + columns, device=mat.device))

@@ -1,17 +1,31 @@
-"""Global second-order pooling (GSoP) blocks: a covariance decides how the features are scaled."""
+"""Global second-order pooling (GSoP): reduction → covariance → excitation → rescale (paper section 3, Table 2)."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_gsop.checks import check_batch_for_training, check_choice, check_ndim, check_positive_int
+from timm_gsop.checks import (
+    check_batch_for_training,
+    check_choice,
+    check_ndim,
+    check_positive,
+    check_positive_int,
+)
 from timm_gsop.layers.adaptive_pool import adaptive_avg_pool2d
 from timm_gsop.layers.channel_reduction import ChannelReduction
 from timm_gsop.layers.covariance import covariance_pool, position_covariance
-from timm_gsop.layers.pointwise_conv import PointwiseConv2d
 from timm_gsop.layers.row_conv import RowConv2d
 
-__all__ = ["FUSIONS", "ChannelGsop", "CovarianceExcitation", "FusedGsop", "GsopBlock", "PositionGsop"]
+__all__ = [
+    "FUSIONS",
+    "ChannelGsop",
+    "CovarianceExcitation",
+    "FusedGsop",
+    "Fusion",
+    "Gsop",
+    "GsopBlock",
+    "PositionGsop",
+]
 
 FUSIONS = ("avg", "max", "concat")
 
@@ -26,21 +40,65 @@ for _leaf in (
     torch.fx.wrap(_leaf)
 
 
+class Gsop(nn.Module):
+    """What every GSoP layer is made of: reduction → covariance → excitation → rescale.
+
+    Subclasses say which covariance of the reduced features is taken, and how the weights come to the size of the input.
+
+    Args:
+        reduction: Maps (B, C, H, W) to (B, d, H', W').
+        excitation: Maps covariance matrices (B, n, n) to weights (B, m, 1, 1).
+    """
+
+    def __init__(self, reduction: nn.Module, excitation: "CovarianceExcitation") -> None:
+        super().__init__()
+        self.reduction = reduction
+        self.excitation = excitation
+
+    def covariance(self, reduced: torch.Tensor) -> torch.Tensor:
+        """Covariance of the reduced features, (B, d, H', W') to (B, n, n)."""
+        raise NotImplementedError
+
+    def resize(self, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Bring weights (B, m, 1, 1) to a shape that multiplies ``x``, (B, C, H, W)."""
+        return weights
+
+    def squeeze(self, x: torch.Tensor) -> torch.Tensor:
+        """Covariance of ``x``, reduced: (B, C, H, W) to (B, n, n), in at least float32."""
+        return self.covariance(self.reduction(x))
+
+    def weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Weights between 0 and 1 that scale ``x``, (B, C, H, W): (B, C, 1, 1) or (B, 1, H, W)."""
+        if not torch.jit.is_scripting():
+            check_ndim("input", x, (4,), "(B, C, H, W)")
+            check_batch_for_training("input", x, self.excitation.row_conv_bn)
+        return self.resize(self.excitation(self.squeeze(x)), x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scale ``x``, (B, C, H, W)."""
+        return x * self.weights(x)
+
+
 class CovarianceExcitation(nn.Module):
     """Excitation module: from a covariance matrix to weights between 0 and 1 (paper sections 3.1 and 3.4, Table 2).
 
-    Row-wise batch normalization (one channel a row, statistics over batch and columns); row-wise convolution (a group
-    a row, its kernel the whole row), from C to 4·C channels, with BN and LeakyReLU(0.1); 1×1 convolution and sigmoid.
+    Row-wise batch normalization (one channel for each row, statistics over batch and columns); row-wise convolution
+    (one group for each row, its kernel the whole row) from n to 4·n channels, with BN and LeakyReLU(0.1); 1×1
+    convolution and sigmoid.
 
     Args:
-        cov_dim: Rows of the covariance matrix, C.
+        cov_dim: Rows of the covariance matrix, n.
         out_features: Number of weights.
+        row_conv_bn: Whether batch normalization follows the row-wise convolution, which else has a bias.
+        act: Activation after the row-wise convolution; None for LeakyReLU(0.1).
     """
 
     def __init__(
         self,
         cov_dim: int,
         out_features: int,
+        row_conv_bn: bool = True,
+        act: nn.Module | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -48,10 +106,12 @@ class CovarianceExcitation(nn.Module):
         super().__init__()
         hidden = 4 * cov_dim
         self.cov_bn = nn.BatchNorm2d(cov_dim, device=device, dtype=dtype)
-        self.row_conv = RowConv2d(cov_dim, device=device, dtype=dtype)
-        self.row_conv_bn: nn.Module = nn.BatchNorm2d(hidden, device=device, dtype=dtype)
-        self.act: nn.Module = nn.LeakyReLU(0.1, inplace=True)
-        self.expand_conv = PointwiseConv2d(hidden, out_features, device=device, dtype=dtype)
+        self.row_conv = RowConv2d(
+            cov_dim, hidden, (cov_dim, 1), groups=cov_dim, bias=not row_conv_bn, device=device, dtype=dtype
+        )
+        self.row_conv_bn = nn.BatchNorm2d(hidden, device=device, dtype=dtype) if row_conv_bn else nn.Identity()
+        self.act = nn.LeakyReLU(0.1, inplace=True) if act is None else act
+        self.expand_conv = nn.Conv2d(hidden, out_features, 1, device=device, dtype=dtype)
         self.gate = nn.Sigmoid()
         self.reset_parameters()
 
@@ -63,31 +123,37 @@ class CovarianceExcitation(nn.Module):
                 nn.init.zeros_(conv.bias)
 
     def normalize_rows(self, cov: torch.Tensor) -> torch.Tensor:
-        """Row-wise batch normalization: (B, C, C) to (B, C, C, 1), in the dtype of the convolutions."""
-        # Rows are channels, columns are positions: the row-wise operations are ordinary ones then.
+        """Row-wise batch normalization: (B, n, n) to (B, n, n, 1), in the dtype of the convolutions."""
+        # Treat rows as channels and columns as positions, so that standard batch norm and convolution apply.
         return self.cov_bn(cov.to(self.row_conv.weight.dtype).unsqueeze(-1))
 
     def forward(self, cov: torch.Tensor) -> torch.Tensor:
-        """Map (B, C, C) to weights (B, out_features, 1, 1), in the dtype of the convolutions."""
+        """Map (B, n, n) to weights (B, out_features, 1, 1), in the dtype of the convolutions."""
         x = self.act(self.row_conv_bn(self.row_conv(self.normalize_rows(cov))))
         return self.gate(self.expand_conv(x))
 
 
-class ChannelGsop(nn.Module):
+class ChannelGsop(Gsop):
     """Channel-wise GSoP: the covariance between channels scales the channels (paper section 3.1, Table 2 left).
 
-    Squeeze: 1×1 convolution to ``cov_dim`` channels, BN, ReLU, covariance over all positions. Excitation: see
-    :class:`CovarianceExcitation`. The shortcut of the paper's block is :class:`GsopBlock`'s to ask for; without it,
-    this serves as timm's attention layers do: ``create_model("resnet26", block_args=dict(attn_layer=ChannelGsop))``.
-    The covariance is computed in at least float32, also under autocast; the output has the dtype of the input.
+    1×1 convolution to ``cov_dim`` channels, BN, ReLU; covariance over all positions; excitation
+    (:class:`CovarianceExcitation`); the input times one weight for each channel. :class:`GsopBlock` adds the paper's
+    shortcut. Without it, this serves as timm's attention layers do:
+    ``create_model("resnet26", block_args=dict(attn_layer=ChannelGsop))``. The covariance is computed in at least
+    float32, also under autocast; the output has the dtype of the input.
 
     Args:
         channels: Channels of the input, C.
         cov_dim: Channels after reduction, the size of the covariance matrix.
 
     Raises:
-        ValueError: If ``channels`` or ``cov_dim`` < 1; in ``forward``, if the input has not four dimensions, or is a
-            batch of one in training.
+        ValueError: If ``channels`` or ``cov_dim`` < 1; in ``forward``, if the input does not have four dimensions, or
+            is a batch of one in training.
+
+    Examples:
+        >>> gsop = ChannelGsop(64, cov_dim=16)
+        >>> gsop(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 64, 8, 8])
     """
 
     def __init__(
@@ -98,46 +164,41 @@ class ChannelGsop(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         check_positive_int("channels", channels)
         check_positive_int("cov_dim", cov_dim)
-        self.reduction: nn.Module = ChannelReduction(channels, cov_dim, device=device, dtype=dtype)
-        self.excitation = CovarianceExcitation(cov_dim, channels, device=device, dtype=dtype)
+        super().__init__(
+            ChannelReduction(channels, cov_dim, device=device, dtype=dtype),
+            CovarianceExcitation(cov_dim, channels, device=device, dtype=dtype),
+        )
 
-    def squeeze(self, x: torch.Tensor) -> torch.Tensor:
-        """Covariance between the reduced channels of ``x``: (B, C, H, W) to (B, cov_dim, cov_dim)."""
-        return covariance_pool(self.reduction(x))
-
-    def channel_weights(self, x: torch.Tensor) -> torch.Tensor:
-        """Weights between 0 and 1 of the channels of ``x``: (B, C, H, W) to (B, C, 1, 1)."""
-        if not torch.jit.is_scripting():
-            check_ndim("input", x, (4,), "(B, C, H, W)")
-            check_batch_for_training("input", x, self.excitation.row_conv_bn)
-        return self.excitation(self.squeeze(x))
-
-    def forward(self, x: torch.Tensor, shortcut: bool = False) -> torch.Tensor:
-        """Scale the channels of ``x``, (B, C, H, W); with ``shortcut``, add ``x`` in the same pass over it."""
-        weights = self.channel_weights(x)
-        return x * (1 + weights) if shortcut else x * weights
+    def covariance(self, reduced: torch.Tensor) -> torch.Tensor:
+        """Covariance between channels, (B, d, H, W) to (B, d, d)."""
+        return covariance_pool(reduced)
 
 
-class PositionGsop(nn.Module):
+class PositionGsop(Gsop):
     """Position-wise GSoP: the covariance between positions scales the positions (paper section 3.2, Table 2 right).
 
-    Squeeze: 1×1 convolution to ``rd_channels`` channels, BN, ReLU, adaptive average pooling to a fixed square,
-    covariance between its positions over the channels. Excitation: see :class:`CovarianceExcitation`; its weights are
-    a map, interpolated (bilinear) to the size of the input. The shortcut is :class:`GsopBlock`'s to ask for. The
-    covariance is computed in at least float32, also under autocast; the output has the dtype of the input.
+    1×1 convolution to ``rd_channels`` channels, BN, ReLU; adaptive average pooling to a fixed square; covariance
+    between its positions over the channels; excitation (:class:`CovarianceExcitation`), whose weights are a map,
+    interpolated (bilinear) to the size of the input; the input times one weight for each position. :class:`GsopBlock`
+    adds the shortcut. The covariance is computed in at least float32, also under autocast; the output has the dtype of
+    the input.
 
     Args:
         channels: Channels of the input, C.
         rd_channels: Channels after reduction.
-        spatial_size: Side of the square that the map is pooled to; the covariance matrix has its square as size. Maps
-            smaller than the square are accepted.
+        spatial_size: Side s of the square that the map is pooled to; the covariance matrix is s²×s². Maps smaller than
+            the square are accepted.
 
     Raises:
-        ValueError: If an argument < 1; in ``forward``, if the input has not four dimensions, or is a batch of one in
-            training.
+        ValueError: If an argument < 1; in ``forward``, if the input does not have four dimensions, or is a batch of one
+            in training.
+
+    Examples:
+        >>> gsop = PositionGsop(64, rd_channels=16, spatial_size=4)
+        >>> gsop(torch.randn(2, 64, 9, 7)).shape
+        torch.Size([2, 64, 9, 7])
     """
 
     def __init__(
@@ -149,39 +210,23 @@ class PositionGsop(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         check_positive_int("channels", channels)
         check_positive_int("rd_channels", rd_channels)
         check_positive_int("spatial_size", spatial_size)
+        super().__init__(
+            ChannelReduction(channels, rd_channels, device=device, dtype=dtype),
+            CovarianceExcitation(spatial_size**2, spatial_size**2, device=device, dtype=dtype),
+        )
         self.spatial_size = spatial_size
-        positions = spatial_size**2
-        self.reduction: nn.Module = ChannelReduction(channels, rd_channels, device=device, dtype=dtype)
-        self.excitation = CovarianceExcitation(positions, positions, device=device, dtype=dtype)
 
-    def covariance(self, x: torch.Tensor) -> torch.Tensor:
-        """Covariance between the positions of the pooled map, (B, d, s, s) to (B, s², s²)."""
-        return position_covariance(x)
+    def covariance(self, reduced: torch.Tensor) -> torch.Tensor:
+        """Covariance between positions of the pooled map, (B, d, H, W) to (B, s², s²)."""
+        return position_covariance(adaptive_avg_pool2d(reduced, self.spatial_size, self.spatial_size))
 
-    def resize(self, weights: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Bring the map of weights to the size of the input, (B, 1, s, s) to (B, 1, H, W)."""
-        return F.interpolate(weights, size=(height, width), mode="bilinear", align_corners=False)
-
-    def squeeze(self, x: torch.Tensor) -> torch.Tensor:
-        """Covariance between the positions of ``x``, reduced and pooled: (B, C, H, W) to (B, s², s²)."""
-        return self.covariance(adaptive_avg_pool2d(self.reduction(x), self.spatial_size, self.spatial_size))
-
-    def position_weights(self, x: torch.Tensor) -> torch.Tensor:
-        """Weights between 0 and 1 of the positions of ``x``: (B, C, H, W) to (B, 1, H, W)."""
-        if not torch.jit.is_scripting():
-            check_ndim("input", x, (4,), "(B, C, H, W)")
-            check_batch_for_training("input", x, self.excitation.row_conv_bn)
-        weights = self.excitation(self.squeeze(x))
-        return self.resize(weights.reshape(-1, 1, self.spatial_size, self.spatial_size), x.shape[2], x.shape[3])
-
-    def forward(self, x: torch.Tensor, shortcut: bool = False) -> torch.Tensor:
-        """Scale the positions of ``x``, (B, C, H, W); with ``shortcut``, add ``x`` in the same pass over it."""
-        weights = self.position_weights(x)
-        return x * (1 + weights) if shortcut else x * weights
+    def resize(self, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Interpolate weights (B, s², 1, 1) to the size of ``x``, (B, 1, H, W)."""
+        weights = weights.reshape(-1, 1, self.spatial_size, self.spatial_size)
+        return F.interpolate(weights, size=(x.shape[2], x.shape[3]), mode="bilinear", align_corners=False)
 
 
 class Average(nn.Module):
@@ -201,7 +246,7 @@ class Maximum(nn.Module):
 
 
 class Concatenation(nn.Module):
-    """Concatenation of the channels of two tensors, and a 1×1 convolution back to as many as one has.
+    """Concatenation of the channels of two tensors, and a 1×1 convolution back to the channels of one.
 
     Args:
         channels: Channels of each.
@@ -224,7 +269,27 @@ class Concatenation(nn.Module):
         return self.conv(torch.cat([a, b], dim=1))
 
 
-class FusedGsop(nn.Module):
+class Fusion(nn.Module):
+    """A channel-wise and a position-wise layer of the same input, fused.
+
+    Args:
+        channel: Scales the channels.
+        position: Scales the positions.
+        fuse: Makes one tensor of the two that they return.
+    """
+
+    def __init__(self, channel: Gsop, position: Gsop, fuse: nn.Module) -> None:
+        super().__init__()
+        self.channel = channel
+        self.position = position
+        self.fuse = fuse
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scale ``x``, (B, C, H, W), in both ways, and fuse the results."""
+        return self.fuse(self.channel(x), self.position(x))
+
+
+class FusedGsop(Fusion):
     """Channel- and position-wise GSoP of the same input, fused (paper section 4.1, Table 4(b)).
 
     Args:
@@ -234,8 +299,13 @@ class FusedGsop(nn.Module):
         spatial_size: Side of the square that the position-wise part pools to.
 
     Raises:
-        ValueError: If ``fusion`` is unknown or another argument < 1; in ``forward``, if the input has not four
+        ValueError: If ``fusion`` is unknown or another argument < 1; in ``forward``, if the input does not have four
             dimensions, or is a batch of one in training.
+
+    Examples:
+        >>> gsop = FusedGsop(64, "max", cov_dim=16, spatial_size=4)
+        >>> gsop(torch.randn(2, 64, 9, 7)).shape
+        torch.Size([2, 64, 9, 7])
     """
 
     def __init__(
@@ -248,35 +318,58 @@ class FusedGsop(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         check_choice("fusion", fusion, FUSIONS)
-        self.channel = ChannelGsop(channels, cov_dim, device=device, dtype=dtype)
-        self.position = PositionGsop(channels, cov_dim, spatial_size, device=device, dtype=dtype)
-        self.fuse: nn.Module
+        channel = ChannelGsop(channels, cov_dim, device=device, dtype=dtype)
+        position = PositionGsop(channels, cov_dim, spatial_size, device=device, dtype=dtype)
+        fuse: nn.Module
         if fusion == "avg":
-            self.fuse = Average()
+            fuse = Average()
         elif fusion == "max":
-            self.fuse = Maximum()
+            fuse = Maximum()
         else:
-            self.fuse = Concatenation(channels, device=device, dtype=dtype)
-
-    def forward(self, x: torch.Tensor, shortcut: bool = False) -> torch.Tensor:
-        """Scale ``x``, (B, C, H, W), in both ways, and fuse the two; with ``shortcut``, add ``x``."""
-        fused = self.fuse(self.channel(x), self.position(x))
-        return x + fused if shortcut else fused
+            fuse = Concatenation(channels, device=device, dtype=dtype)
+        super().__init__(channel, position, fuse)
 
 
 class GsopBlock(nn.Module):
     """The paper's residual block: a shortcut adds the input to the scaled features (Table 2, "shortcut connections").
 
     Args:
-        gsop: The scaling layer, which can add the shortcut itself, more cheaply: a :class:`ChannelGsop`, for one.
+        gsop: The layer that scales: a :class:`ChannelGsop`, for one, or any attention layer that returns what it
+            scaled, as timm's do.
+        scale: Factor on the output. With 2/3, a block whose weights are one half is the identity.
+
+    Around a layer of this package that only scales, the shortcut is added to the layer's weights, in one pass
+    over the features. The layer's own ``forward``, and hooks on it, are not called then; those of its parts are.
+
+    Raises:
+        ValueError: If ``scale`` is not positive.
+
+    Examples:
+        >>> from timm.layers import SEModule
+        >>> x = torch.randn(2, 64, 8, 8)
+        >>> block = GsopBlock(SEModule(64))
+        >>> torch.equal(block(x), x + block.gsop(x))
+        True
     """
 
-    def __init__(self, gsop: nn.Module) -> None:
+    in_one_pass: torch.jit.Final[bool]
+
+    def __init__(self, gsop: nn.Module, scale: float = 1.0) -> None:
+        check_positive("scale", scale)
         super().__init__()
         self.gsop = gsop
+        self.scale = float(scale)
+        self.in_one_pass = isinstance(gsop, Gsop) and type(gsop).forward is Gsop.forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x + gsop(x)``, (B, C, H, W)."""
-        return self.gsop(x, shortcut=True)
+        """Return ``scale · (x + gsop(x))``, (B, C, H, W)."""
+        if self.in_one_pass:
+            factor = 1 + self.gsop.weights(x)  # type: ignore[operator]
+            return x * (factor if self.scale == 1.0 else self.scale * factor)
+        y = x + self.gsop(x)
+        return y if self.scale == 1.0 else self.scale * y
+
+    def extra_repr(self) -> str:
+        """The factor, where there is one."""
+        return "" if self.scale == 1.0 else f"scale={self.scale:g}"

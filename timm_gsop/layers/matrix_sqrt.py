@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from timm_gsop.checks import check_positive, check_positive_int, check_square
-from timm_gsop.layers.precision import at_least_float32, autocast_disabled
+from timm_gsop.layers.gradients import evaluate, without_autocast
+from timm_gsop.layers.precision import at_least_float32
 
 __all__ = ["eigh_power", "newton_schulz_sqrt"]
 
@@ -36,11 +37,7 @@ def newton_schulz_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
         return _newton_schulz(at_least_float32(cov), num_iters)
     check_square("cov", cov)
     check_positive_int("num_iters", num_iters)
-    with autocast_disabled(cov.device):
-        cov = at_least_float32(cov)
-        if torch.is_grad_enabled() and cov.requires_grad:
-            return _NewtonSchulzSqrt.apply(cov, num_iters)[0]
-        return _newton_schulz(cov, num_iters)
+    return evaluate(_NewtonSchulzSqrt, _newton_schulz, at_least_float32(cov), num_iters)
 
 
 def _newton_schulz(cov: torch.Tensor, num_iters: int) -> torch.Tensor:
@@ -135,6 +132,7 @@ class _NewtonSchulzSqrt(torch.autograd.Function):
             ctx.set_materialize_grads(False)  # no matrices of zeros for the outputs without gradients
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
         if grad is None:
             return None, None
@@ -193,6 +191,9 @@ def _less_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Te
 
 
 def _trace(mat: torch.Tensor) -> torch.Tensor:
+    if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
+        if torch.jit.is_tracing():  # converters of traces lack aten::diagonal
+            return (mat * _eye(mat)).sum(dim=(1, 2), keepdim=True)
     return mat.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
 
 
@@ -219,12 +220,15 @@ def eigh_power(cov: torch.Tensor, power: float = 0.5) -> torch.Tensor:
         ValueError: If ``cov`` is not a batch of square matrices, or ``power`` is not positive.
     """
     if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
-        eigenvalues, eigenvectors = torch.linalg.eigh(at_least_float32(cov))
-        return _power_from_eigh(eigenvalues, eigenvectors, power)
+        return _eigh_power(at_least_float32(cov), power)
     check_square("cov", cov)
     check_positive("power", power)
-    with autocast_disabled(cov.device):
-        return _EighPower.apply(at_least_float32(cov), power)
+    return evaluate(_EighPower, _eigh_power, at_least_float32(cov), power)
+
+
+def _eigh_power(cov: torch.Tensor, power: float) -> torch.Tensor:
+    eigenvalues, eigenvectors = torch.linalg.eigh(cov)
+    return _power_from_eigh(eigenvalues, eigenvectors, power)
 
 
 def _nonzero_eigenvalues(eigenvalues: torch.Tensor) -> torch.Tensor:
@@ -243,15 +247,22 @@ def _power_from_eigh(eigenvalues: torch.Tensor, eigenvectors: torch.Tensor, powe
 
 
 class _EighPower(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, cov: torch.Tensor, power: float) -> torch.Tensor:
-        eigenvalues, eigenvectors = torch.linalg.eigh(cov)
-        ctx.power = power
-        ctx.save_for_backward(cov, eigenvalues, eigenvectors)
-        return _power_from_eigh(eigenvalues, eigenvectors, power)
+    generate_vmap_rule = True  # for torch.func
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def forward(cov: torch.Tensor, power: float) -> tuple[torch.Tensor, ...]:
+        eigenvalues, eigenvectors = torch.linalg.eigh(cov)
+        return _power_from_eigh(eigenvalues, eigenvectors, power), eigenvalues, eigenvectors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, float], output: tuple[torch.Tensor, ...]) -> None:
+        cov, ctx.power = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(cov, *output[1:])
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
         cov, eigenvalues, eigenvectors = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted: let it see how these depend on cov
             eigenvalues, eigenvectors = torch.linalg.eigh(cov)

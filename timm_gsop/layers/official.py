@@ -16,9 +16,18 @@ from timm_gsop.checks import check_choice, check_positive_int
 from timm_gsop.layers.adaptive_pool import adaptive_avg_pool2d
 from timm_gsop.layers.cov_pool import IsqrtCovPool2d
 from timm_gsop.layers.covariance import tril_vectorize
-from timm_gsop.layers.gsop import ChannelGsop, CovarianceExcitation, FusedGsop, PositionGsop
-from timm_gsop.layers.precision import at_least_float32, autocast_disabled
-from timm_gsop.layers.row_conv import RowConv2d
+from timm_gsop.layers.gradients import evaluate, without_autocast
+from timm_gsop.layers.gsop import (
+    FUSIONS,
+    ChannelGsop,
+    CovarianceExcitation,
+    FusedGsop,
+    Fusion,
+    Gsop,
+    Maximum,
+    PositionGsop,
+)
+from timm_gsop.layers.precision import at_least_float32
 
 __all__ = [
     "OfficialChannelGsop",
@@ -31,31 +40,6 @@ __all__ = [
 # Leaves in torch.fx's graphs: within a trace, shapes are no numbers that they could test.
 for _leaf in ("adaptive_avg_pool2d", "official_position_covariance", "tril_vectorize"):
     torch.fx.wrap(_leaf)
-
-
-class OfficialExcitation(CovarianceExcitation):
-    """Excitation without batch normalization after the row-wise convolution, which has a bias instead.
-
-    Args:
-        cov_dim: Rows of the covariance matrix.
-        out_features: Number of weights.
-        act: Activation between the two convolutions.
-    """
-
-    def __init__(
-        self,
-        cov_dim: int,
-        out_features: int,
-        act: nn.Module,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(cov_dim, out_features, device=device, dtype=dtype)
-        self.row_conv = RowConv2d(cov_dim, bias=True, device=device, dtype=dtype)
-        self.row_conv_bn = nn.Identity()
-        self.act = act
-        self.reset_parameters()
 
 
 class OfficialReduction(nn.Sequential):
@@ -92,7 +76,7 @@ class OfficialReduction(nn.Sequential):
 
 
 class OfficialChannelGsop(ChannelGsop):
-    """Channel-wise GSoP as released: nothing between the two last convolutions, all with biases.
+    """Channel-wise GSoP as released: nothing between the last two convolutions, all with biases.
 
     Args:
         channels: Channels of the input, C.
@@ -100,7 +84,7 @@ class OfficialChannelGsop(ChannelGsop):
         stride: Stride of the reduction: 2 in the first stage of the released networks, else 1.
 
     Raises:
-        ValueError: If an argument < 1; in ``forward``, if the input has not four dimensions.
+        ValueError: If an argument < 1; in ``forward``, if the input does not have four dimensions.
     """
 
     def __init__(
@@ -112,11 +96,15 @@ class OfficialChannelGsop(ChannelGsop):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_positive_int("channels", channels)
+        check_positive_int("cov_dim", cov_dim)
         check_positive_int("stride", stride)
-        super().__init__(channels, cov_dim, device=device, dtype=dtype)
-        act = nn.ReLU(inplace=True)
-        self.reduction = OfficialReduction(channels, cov_dim, act, stride, device=device, dtype=dtype)
-        self.excitation = OfficialExcitation(cov_dim, channels, nn.Identity(), device=device, dtype=dtype)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        Gsop.__init__(
+            self,
+            OfficialReduction(channels, cov_dim, nn.ReLU(inplace=True), stride, **dd),
+            CovarianceExcitation(cov_dim, channels, row_conv_bn=False, act=nn.Identity(), **dd),
+        )
 
 
 def official_position_covariance(x: torch.Tensor) -> torch.Tensor:
@@ -132,17 +120,36 @@ def official_position_covariance(x: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, M, M), in float32, or in float64 if ``x`` is. Autocast has no effect.
     """
-    if torch.jit.is_scripting():  # does not know autocast
-        return _official_position_covariance(x)
-    with autocast_disabled(x.device):
-        return _official_position_covariance(x)
+    if torch.jit.is_scripting():  # knows neither autocast nor our gradient
+        return _position_covariance(x.flatten(2))
+    return evaluate(_PositionCovariance, _position_covariance, x.flatten(2))
 
 
-def _official_position_covariance(x: torch.Tensor) -> torch.Tensor:
-    x = at_least_float32(x.flatten(2))
+def _position_covariance(x: torch.Tensor) -> torch.Tensor:
+    x = at_least_float32(x)
     positions = x.shape[2]
     mean = x.sum(dim=1, keepdim=True) / positions
     return torch.bmm(x.transpose(1, 2), x) / positions - mean * mean.transpose(1, 2)
+
+
+class _PositionCovariance(torch.autograd.Function):
+    generate_vmap_rule = True  # for torch.func
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return _position_covariance(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        positions, full = x.shape[2], at_least_float32(x)
+        grad = (grad + grad.transpose(1, 2)) / positions
+        return torch.bmm(full - full.sum(dim=1, keepdim=True) / positions, grad).to(x.dtype)
 
 
 class OfficialPositionGsop(PositionGsop):
@@ -154,7 +161,7 @@ class OfficialPositionGsop(PositionGsop):
         spatial_size: Side of the square that the map is pooled to.
 
     Raises:
-        ValueError: If an argument < 1; in ``forward``, if the input has not four dimensions.
+        ValueError: If an argument < 1; in ``forward``, if the input does not have four dimensions.
     """
 
     def __init__(
@@ -166,25 +173,31 @@ class OfficialPositionGsop(PositionGsop):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(channels, rd_channels, spatial_size, device=device, dtype=dtype)
+        check_positive_int("channels", channels)
+        check_positive_int("rd_channels", rd_channels)
+        check_positive_int("spatial_size", spatial_size)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         positions = spatial_size**2
-        self.reduction = OfficialReduction(channels, rd_channels, nn.Identity(), device=device, dtype=dtype)
-        act = nn.ReLU(inplace=True)
-        self.excitation = OfficialExcitation(positions, positions, act, device=device, dtype=dtype)
+        Gsop.__init__(
+            self,
+            OfficialReduction(channels, rd_channels, nn.Identity(), **dd),
+            CovarianceExcitation(positions, positions, row_conv_bn=False, act=nn.ReLU(inplace=True), **dd),
+        )
+        self.spatial_size = spatial_size
 
-    def covariance(self, x: torch.Tensor) -> torch.Tensor:
-        """See :func:`official_position_covariance`."""
-        return official_position_covariance(x)
+    def covariance(self, reduced: torch.Tensor) -> torch.Tensor:
+        """See :func:`official_position_covariance`; of the pooled map, (B, d, H, W) to (B, s², s²)."""
+        return official_position_covariance(adaptive_avg_pool2d(reduced, self.spatial_size, self.spatial_size))
 
-    def resize(self, weights: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Bring the map of weights to the size of the input by adaptive average pooling, up as well as down."""
-        return adaptive_avg_pool2d(weights, height, width)
+    def resize(self, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Bring weights (B, s², 1, 1) to the size of ``x`` by adaptive average pooling, up as well as down."""
+        weights = weights.reshape(-1, 1, self.spatial_size, self.spatial_size)
+        return adaptive_avg_pool2d(weights, x.shape[2], x.shape[3])
 
-    def forward(self, x: torch.Tensor, shortcut: bool = False) -> torch.Tensor:
-        """Scale the positions of ``x``, (B, C, H, W), and rectify; with ``shortcut``, add ``x``."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scale the positions of ``x``, (B, C, H, W), and rectify."""
         # Not F.relu, which keeps its output for the gradient: timm's bottleneck adds the shortcut in place.
-        scaled = (x * self.position_weights(x)).clamp_min(0)
-        return x + scaled if shortcut else scaled
+        return (x * self.weights(x)).clamp_min(0)
 
 
 class Sum(nn.Module):
@@ -241,7 +254,7 @@ class OfficialFusedGsop(FusedGsop):
 
     Raises:
         ValueError: If ``fusion`` is unknown, another argument < 1, or the concatenation cannot have as many channels;
-            in ``forward``, if the input has not four dimensions.
+            in ``forward``, if the input does not have four dimensions.
     """
 
     def __init__(
@@ -255,13 +268,18 @@ class OfficialFusedGsop(FusedGsop):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(channels, fusion, cov_dim, spatial_size, device=device, dtype=dtype)
-        self.channel = OfficialChannelGsop(channels, cov_dim, stride, device=device, dtype=dtype)
-        self.position = OfficialPositionGsop(channels, cov_dim, spatial_size, device=device, dtype=dtype)
+        check_choice("fusion", fusion, FUSIONS)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        channel = OfficialChannelGsop(channels, cov_dim, stride, **dd)
+        position = OfficialPositionGsop(channels, cov_dim, spatial_size, **dd)
+        fuse: nn.Module
         if fusion == "avg":
-            self.fuse = Sum()
-        elif fusion == "concat":
-            self.fuse = OfficialConcatenation(channels, device=device, dtype=dtype)
+            fuse = Sum()
+        elif fusion == "max":
+            fuse = Maximum()
+        else:
+            fuse = OfficialConcatenation(channels, **dd)
+        Fusion.__init__(self, channel, position, fuse)
 
 
 class OfficialIsqrtCovPool2d(IsqrtCovPool2d):
@@ -273,7 +291,7 @@ class OfficialIsqrtCovPool2d(IsqrtCovPool2d):
         num_iters: Newton–Schulz iterations.
 
     Raises:
-        ValueError: If an argument < 1; in ``forward``, if the input has not four dimensions.
+        ValueError: If an argument < 1; in ``forward``, if the input does not have four dimensions.
     """
 
     def __init__(

@@ -1,38 +1,44 @@
 """Row-wise convolution of a covariance matrix."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 __all__ = ["RowConv2d"]
 
 
 class RowConv2d(nn.Conv2d):
-    """Grouped convolution with a group for each row of a matrix, whose kernel is the whole row (paper section 3.4).
+    """Convolution of matrices with a group for each row, whose kernel is the whole row (paper section 3.4).
 
-    It computes what ``nn.Conv2d`` does with as many groups, as one batched product: grouped convolutions are slow where
-    groups are many and each has one output position.
+    It takes the arguments of ``nn.Conv2d`` and computes the same. Where groups are as many as rows and the kernel
+    covers the input, it does so by one batched product: PyTorch's grouped convolution takes ten times as long there.
 
-    Args:
-        rows: Rows, and columns, of the matrix, R.
-        bias: Whether a bias is added.
+    Shape:
+        Input (B, R, R, 1), output (B, n·R, 1, 1); outputs n·r to n·r + n - 1 belong to row r.
+
+    Examples:
+        >>> conv = RowConv2d(8, 32, (8, 1), groups=8)
+        >>> conv(torch.randn(2, 8, 8, 1)).shape
+        torch.Size([2, 32, 1, 1])
     """
 
-    def __init__(
-        self,
-        rows: int,
-        bias: bool = False,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(rows, 4 * rows, (rows, 1), groups=rows, bias=bias, device=device, dtype=dtype)
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map (B, R, R, 1) to (B, 4·R, 1, 1); outputs 4·r to 4·r + 3 belong to row r."""
-        kernels = self.weight.view(self.groups, 4, self.groups)
-        y = torch.bmm(input.squeeze(-1).transpose(0, 1), kernels.transpose(1, 2))  # (R, B, 4)
-        y = y.transpose(0, 1).flatten(1)
-        bias = self.bias  # TorchScript sees through the test of a local name only
-        if bias is not None:
-            y = y + bias
-        return y.unsqueeze(-1).unsqueeze(-1)
+        """Map (B, R, R, 1) to (B, n·R, 1, 1)."""
+        rows = self.in_channels
+        if self.groups == rows and self.kernel_size == (rows, 1) and self.stride == (1, 1) and self.padding == (0, 0):
+            return _one_product(input, self.weight, self.bias)
+        return self._conv_forward(input, self.weight, self.bias)
+
+
+def _one_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    rows = weight.shape[2]
+    if not torch.jit.is_tracing() and (x.shape[2] != rows or x.shape[3] != 1):  # the kernel has several positions
+        return F.conv2d(x, weight, bias, groups=rows)
+    y = torch.bmm(x.squeeze(3).transpose(0, 1), weight.view(rows, -1, rows).transpose(1, 2))  # (R, B, n)
+    y = y.transpose(0, 1).flatten(1)
+    if bias is not None:
+        y = y + bias
+    return y.unsqueeze(2).unsqueeze(3)
+
+
+torch.fx.wrap("_one_product")  # a leaf in torch.fx's graphs: within a trace, it could not test shapes

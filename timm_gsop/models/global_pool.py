@@ -109,7 +109,7 @@ class GlobalPoolMixin:
 
 def init_our_weights(model: nn.Module) -> None:
     """Initialize our layers in a network, as they do themselves when they are created."""
-    for module in model.modules():
+    for module in reversed(list(model.modules())):  # a layer has the last word about the convolutions in it
         reset_parameters: Any = getattr(module, "reset_parameters", None)
         if type(module).__module__.startswith("timm_gsop.layers.") and reset_parameters is not None:
             reset_parameters()

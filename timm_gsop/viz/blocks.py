@@ -72,7 +72,11 @@ def record(model: nn.Module, image: torch.Tensor) -> list[Record]:
             f"model={type(model).__name__} has neither GSoP blocks nor covariance pooling; accepted: one with either."
         )
     inputs: dict[nn.Module, torch.Tensor] = {}
-    hooks = [m.register_forward_pre_hook(lambda m, args: inputs.update({m: args[0].clone()})) for m in layers.values()]
+
+    def note_input_of(layer: Any) -> Any:  # its reduction's: a block may use the layer's weights without calling it
+        return layer.reduction.register_forward_pre_hook(lambda _, args: inputs.update({layer: args[0].clone()}))
+
+    hooks = [note_input_of(layer) for layer in layers.values()]
     try:
         with evaluation_mode(model):
             model(image)
@@ -91,8 +95,8 @@ def _look_into(name: str, layer: Any, x: torch.Tensor) -> Record:
         return Record(name, covariance[0], layer.normalize(covariance)[0])
     normalized = layer.excitation.normalize_rows(covariance)[0, :, :, 0]
     if isinstance(layer, ChannelGsop):
-        return Record(name, covariance[0], normalized, channel_weights=layer.channel_weights(x).flatten())
-    return Record(name, covariance[0], normalized, position_weights=layer.position_weights(x)[0, 0])
+        return Record(name, covariance[0], normalized, channel_weights=layer.weights(x).flatten())
+    return Record(name, covariance[0], normalized, position_weights=layer.weights(x)[0, 0])
 
 
 def draw(records: Sequence[Record], image: Image.Image, title: str = "") -> "Figure":

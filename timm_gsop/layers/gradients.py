@@ -1,0 +1,52 @@
+"""Hand-written gradients: where they are used, and how autocast is kept out of them.
+
+A backward pass runs, or is traced by the compiler, under whatever autocast is active where it is called. A guard around
+the forward pass does not reach it, so every hand-written backward pass guards itself.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.autograd import Function
+
+from timm_gsop.layers.precision import autocast_disabled
+
+__all__ = ["evaluate", "without_autocast"]
+
+Backward = Callable[..., Any]
+
+
+def evaluate(function: type[Function], plain: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any) -> torch.Tensor:
+    """Evaluate a function that has a hand-written gradient, with autocast disabled.
+
+    Without gradients, and under ``torch.jit.trace``, it is made of plain operations: a trace would record an
+    ``autograd.Function`` as a call into Python, which can neither be saved nor counted by FLOP counters.
+
+    Args:
+        function: The function with its gradient. The first of its outputs counts, if it has several.
+        plain: The same function in plain operations.
+        x: Its input, which alone is differentiated.
+        *args: Its other arguments.
+
+    Returns:
+        The value at ``x``.
+    """
+    with autocast_disabled(x.device):
+        if torch.jit.is_tracing() or not (torch.is_grad_enabled() and x.requires_grad):
+            return plain(x, *args)
+        output = function.apply(x, *args)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def without_autocast(backward: Backward) -> Backward:
+    """Decorate the ``backward`` of a ``torch.autograd.Function``: autocast is disabled while it runs."""
+
+    @wraps(backward)
+    def guarded(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        device = next(grad.device for grad in grads if grad is not None)
+        with autocast_disabled(device):
+            return backward(ctx, *grads)
+
+    return guarded
