@@ -58,10 +58,10 @@ def test_the_explanation_of_table_6_holds(name, figure):
 
 
 def test_the_documents_say_what_the_command_prints(measured):
-    page = (ROOT / "docs/cost.md").read_text()
-    assert update(page, {name: table.text for name, table in measured.items()}) == page
-    assert all(table.text in page for table in measured.values())
-    assert measured["models"].text in (ROOT / "README.md").read_text()
+    for page in ((ROOT / name).read_text() for name in ("docs/cost.md", "docs/models.md")):
+        assert update(page, {name: table.text for name, table in measured.items()}) == page
+        shown = [table.text in page for table in measured.values()]
+        assert sum(shown) == page.count("<!-- end -->") > 0
 
 
 def test_the_command_updates_a_page(tmp_path, measured, monkeypatch):

@@ -1,0 +1,175 @@
+"""What README and docs show: examples run, commands and links exist, figures are those of the kept results."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import timm_gsop
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDES = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "hub/README.md", ROOT / "train_configs/README.md"]
+README = PAGES[0].read_text(encoding="utf-8")
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+# Prints the usage of every command in argv, in one process: importing torch for each would take a while.
+USAGES = """
+import contextlib, io, json, runpy, sys
+usages = {}
+for command in sys.argv[1:]:
+    module, *words = command.split()
+    sys.argv = [module, *words, "--help"]
+    out = io.StringIO()
+    run = runpy.run_path if module.endswith(".py") else runpy.run_module
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        run(module, run_name="__main__")
+    usages[command] = out.getvalue()
+print(json.dumps(usages))
+"""
+
+
+def fences(page: Path, *languages: str) -> list[tuple[str, str]]:
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [(info, text) for info, text in found if info.partition(" ")[0] in languages]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Words of every command line that a page shows."""
+    lines = "\n".join(text for _, text in fences(page, "")).replace("\\\n", " ").splitlines()
+    plain = [line.removeprefix("$ ") for line in lines if line.count('"') % 2 == 0 and line.count("'") % 2 == 0]
+    return [words for line in plain if (words := shlex.split(line, comments=True))]
+
+
+def python_commands(page: Path) -> list[list[str]]:
+    """What follows ``python``: a script or a module, and its arguments."""
+    shown = []
+    for words in commands(page):
+        for launcher in ("python", "torchrun"):
+            if launcher in words:
+                rest = words[words.index(launcher) + 1 :]
+                shown.append(
+                    rest if launcher == "python" else rest[next(i for i, w in enumerate(rest) if w[0] != "-") :]
+                )
+    return [words for words in shown if words[0] != "-c"]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if fences(p, "python")], ids=lambda p: p.name)
+def test_python_examples_run_as_pasted(page, tmp_path):
+    """In order, in a fresh process, in a folder that has only the files of this repository that they name.
+
+    Those marked ``network`` run without their download.
+    """
+    blocks = [
+        text.replace("pretrained=True", "pretrained=False") if "network" in info else text
+        for info, text in fences(page, "python")
+    ]
+    code = "\n".join(blocks)
+    for name in re.findall(r'"((?:docs|examples)/[^"]+)"', code):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    if page.name == "README.md":
+        assert done.stdout.splitlines()[0] == "Ankle boot"
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    shown = {
+        target for page in GUIDES for target in re.findall(r"(?:^|`)make ([\w-]+)", page.read_text(), re.MULTILINE)
+    }
+    assert {"quickstart", "test", "docs"} <= shown <= set(targets)
+
+
+def test_shown_commands_have_their_options():
+    """Our own commands' options are in their usage, those of timm's train.py in the list of its options."""
+    train_options = set(yaml.safe_load((ROOT / "tests/data/train_options.yaml").read_text()))
+    ours: dict[str, set[str]] = {}
+    for page in GUIDES:
+        for script, *words in python_commands(page):
+            options = {word.partition("=")[0].strip("[]") for word in words if word.strip("[").startswith("--")}
+            if script == "-m":
+                command = " ".join(words[: 1 + (words[1:2] == ["curves"])])
+            elif script == "train.py":
+                assert {option[2:].replace("-", "_") for option in options} <= train_options, page.name
+                continue
+            elif script in ("validate.py", "onnx_export.py"):  # timm's, not at hand
+                continue
+            else:
+                assert (ROOT / script).is_file(), f"{page.name}: {script}"
+                command = script
+            ours.setdefault(command, set()).update(options)
+    assert "timm_gsop.viz curves" in ours
+    assert "hub/publish.py" in ours
+    run = [sys.executable, "-c", USAGES, *ours]
+    done = subprocess.run(run, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for command, usage in json.loads(done.stdout).items():
+        assert ours[command] <= set(re.findall(r"--[\w-]+", usage)), f"{command}: {usage}"
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 180
+    assert README.index("pip install") < README.index("```python") < README.index("make quickstart")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_prose_ends_at_120_columns(page):
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    prose = re.sub(r"<!-- (?!end).*?<!-- end -->", "", prose, flags=re.DOTALL)  # made by the benchmarks
+    assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+
+
+def test_times_beside_resnet50_are_those_measured():
+    ways = json.loads((ROOT / "benchmarks/results/performance/models.json").read_text())["ways"]
+    performance = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    names = {
+        "the twin": "twin",
+        **{f"`{n}`": n for n in ("isqrt_resnet50", "gsop_resnet50_net1", "gsop_resnet50_net2")},
+    }
+    for label, name in names.items():
+        plain = [
+            f"{ways[way][name]['seconds'] / ways[way]['resnet50']['seconds']:.2f}×" for way in ("inference", "training")
+        ]
+        row = next(line for line in README.splitlines() if line.startswith(f"| {label} |"))
+        assert [cell.strip() for cell in row.split("|")[4:6]] == plain
+        row = next(line for line in performance.splitlines() if line.startswith(f"| {label.removeprefix('the ')} |"))
+        assert [cell.strip() for cell in row.split("|")[2:5:2]] == plain
+
+
+def test_the_reference_has_every_public_name():
+    reference = (ROOT / "docs/api.rst").read_text()
+    names = set(timm_gsop.__all__) - {"__version__", "models"}
+    assert {name for name in names if name not in reference} == set()
+    assert names - {"insert_gsop"} <= set(timm_gsop.layers.__all__)
+
+
+@pytest.mark.slow
+def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    for name, value in ENV.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(ROOT / "examples/fine_tune.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
