@@ -1,0 +1,215 @@
+"""Options used together: autocast × compiler × place of the backward pass × training or evaluation give one answer.
+
+The compiler's graphs take long to make, so that functions share one, and layers another.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tests.oracles import random_covariance
+from tests.tolerances import TOLERANCES, gradient_error, output_error
+from timm_gsop.layers import (
+    FLAVORS,
+    GSOP_TYPES,
+    GsopBlock,
+    IsqrtCovPool2d,
+    MpnCovPool2d,
+    OfficialIsqrtCovPool2d,
+    covariance_pool,
+    create_gsop,
+    eigh_power,
+    newton_schulz_sqrt,
+    position_covariance,
+)
+from timm_gsop.layers.official import official_position_covariance
+
+BACKENDS = ("eager", "aot_eager", "inductor")
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOAT32_BOUND = 1e-4  # nothing is rounded to half precision where the input is float32
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+autocasts = pytest.mark.parametrize("autocast", AUTOCAST)
+
+
+FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "covariance_pool": covariance_pool,
+    "position_covariance": position_covariance,
+    "official_position_covariance": official_position_covariance,
+    **{f"newton_schulz_sqrt, {n}": lambda x, n=n: newton_schulz_sqrt(covariance_pool(x), n) for n in (1, 3, 5)},
+    "eigh_power": lambda x: eigh_power(covariance_pool(x), 0.5),
+}
+LAYERS = {
+    **{f"{t} {f}": lambda t=t, f=f: GsopBlock(create_gsop(t, 64, 8, 3, f)) for t in GSOP_TYPES for f in FLAVORS},
+    "isqrt": lambda: IsqrtCovPool2d(64, 8),
+    "isqrt official": lambda: OfficialIsqrtCovPool2d(64, 8),
+    "mpn": lambda: MpnCovPool2d(64, 8),
+}
+
+
+class Functions(nn.Module):
+    """Every function in one graph, each of features of its own: (F, B, C, H, W)."""
+
+    names = tuple(FUNCTIONS)
+
+    def forward(self, xs: torch.Tensor) -> list[torch.Tensor]:
+        return [function(x) for function, x in zip(FUNCTIONS.values(), xs, strict=True)]
+
+
+class Layers(nn.Module):
+    """Every kind of block and head in one graph, each of features of its own: (L, B, C, H, W)."""
+
+    names = tuple(LAYERS)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([create() for create in LAYERS.values()])
+
+    def forward(self, xs: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(x) for layer, x in zip(self.layers, xs, strict=True)]
+
+
+class Network(nn.Module):
+    """A network, of one batch of images: (1, B, C, H, W)."""
+
+    names = ("logits",)
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([model])
+
+    def forward(self, xs: torch.Tensor) -> list[torch.Tensor]:
+        return [self.layers[0](xs[0])]
+
+
+NARROW = dict(channels=(16, 32, 64, 128), num_classes=5, cov_dim=8, isqrt_dim=6, spatial_size=3, zero_init_last=False)
+NARROW.update(layers=(1, 1, 1, 1))
+NETWORKS = {
+    "net1": ("gsop_resnet26_net1", NARROW),
+    "net2": ("gsop_resnet26_net2", NARROW),
+    "position": ("gsop_resnet26_net2", dict(NARROW, gsop_type="position")),
+    "concat": ("gsop_resnet26_net2", dict(NARROW, gsop_type="concat")),
+    "official": ("gsop_resnet26_net2", dict(NARROW, flavor="official", gsop_type="max")),
+    "mpn": ("mpncov_resnet50", NARROW),
+    "resnext": ("gsop_resnext50_32x4d_net2", dict(NARROW, cardinality=2)),
+    "preresnet": (
+        "gsop_preresnet20_net2.untrained",
+        dict(depth=1, num_classes=5, cov_dim=8, isqrt_dim=6, drop_rate=0.0),
+    ),
+    "densenet": (
+        "gsop_densenet121_net2",
+        dict(growth_rate=8, block_config=(2, 2, 2, 2), num_init_features=16, num_classes=5, cov_dim=8, isqrt_dim=6),
+    ),
+    "inception": ("gsop_inception_v3_net2", dict(num_classes=5, cov_dim=8, isqrt_dim=6)),
+}
+QUICK = ("net2", "preresnet")
+
+
+def network(name: str) -> nn.Module:
+    model_name, kwargs = NETWORKS[name]
+    return smooth(timm.create_model(model_name, **kwargs))
+
+
+def smooth(model: nn.Module) -> nn.Module:
+    """Without ReLUs: where half precision moves a value across their corner, gradients of any network jump."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU | nn.LeakyReLU):
+                setattr(module, name, nn.SiLU())
+    return model
+
+
+def evaluate(
+    model: nn.Module, xs: torch.Tensor, autocast: torch.dtype | None = None, backward_inside: bool = False
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Outputs, and of each the gradient with respect to its input and its weights, in one vector."""
+    xs = xs.clone().requires_grad_()
+    weights = [list(layer.parameters()) for layer in getattr(model, "layers", ())]
+    found = [xs, *(weight for of_layer in weights for weight in of_layer)]
+
+    def differentiate(ys: list[torch.Tensor]) -> list[torch.Tensor]:
+        # In a fixed direction: the sum of a normalized output would have no gradient.
+        directions = [torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view_as(y).to(y.dtype) for y in ys]
+        of_inputs, *of_weights = torch.autograd.grad(ys, found, directions)
+        rest = iter(of_weights)
+        of_layers = [[next(rest) for _ in of_layer] for of_layer in weights] or [[] for _ in ys]
+        return [torch.cat([g.flatten() for g in (x, *layer)]) for x, layer in zip(of_inputs, of_layers, strict=True)]
+
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        ys = model(xs)
+        gradients = differentiate(ys) if backward_inside else []
+    return ys, gradients or differentiate(ys)
+
+
+def assert_one_answer(
+    model: nn.Module, xs: torch.Tensor, backend: str, autocast: str, bounds: tuple[float, float]
+) -> None:
+    """Wherever the backward pass is called, and whatever compiles, the answer is plain float32's."""
+    expected = evaluate(model, xs)
+    torch.compiler.reset()
+    run = model if backend == "eager" else torch.compile(model, backend=backend, fullgraph=True)
+    for inside in (False, True):
+        ys, gradients = evaluate(run, xs, AUTOCAST[autocast], inside)
+        for i, name in enumerate(model.names):
+            place = f"{name}, backward {'inside' if inside else 'outside'}"
+            assert output_error(ys[i], expected[0][i]) <= bounds[0], place
+            assert gradient_error(gradients[i], expected[1][i]) <= bounds[1], place
+
+
+def bounds_of(autocast: str) -> tuple[float, float]:
+    return TOLERANCES[AUTOCAST[autocast] or torch.float32]
+
+
+@autocasts
+@backends
+def test_functions(backend, autocast):
+    xs = torch.randn(len(FUNCTIONS), 3, 6, 4, 5)
+    assert_one_answer(Functions(), xs, backend, autocast, (FLOAT32_BOUND, FLOAT32_BOUND))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    ("backend", "autocast"),
+    [
+        pytest.param(b, a, marks=[pytest.mark.slow] if b == "inductor" or (b, a) == ("aot_eager", "float16") else [])
+        for b in BACKENDS
+        for a in AUTOCAST
+    ],
+)
+def test_layers(backend, autocast, training):
+    layers = smooth(Layers()).train(training)
+    assert_one_answer(layers, torch.randn(len(LAYERS), 6, 64, 7, 9), backend, autocast, bounds_of(autocast))
+
+
+def network_cases() -> list:
+    cases = []
+    for name in NETWORKS:
+        for backend in BACKENDS:
+            for autocast in AUTOCAST:
+                quick = backend != "inductor" and name in QUICK and (backend, autocast) != ("aot_eager", "float16")
+                cases.append(pytest.param(name, backend, autocast, marks=[] if quick else pytest.mark.slow))
+    return cases
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(("name", "backend", "autocast"), network_cases())
+def test_networks(name, backend, autocast, training):
+    model = network(name)
+    x = torch.randn(8, 3, 96, 96) if name == "inception" else torch.randn(8, 3, 64, 64)
+    x = x[:, :, :32, :32] if name == "preresnet" else x
+    with torch.no_grad():  # statistics that are not zero and one
+        model.train()(x)
+    model.train(training)
+    assert_one_answer(Network(model), x[None], backend, autocast, bounds_of(autocast))
+
+
+def test_second_derivatives_and_samples_of_the_exact_root():
+    cov = random_covariance(3, 4)
+    weight = torch.randn(3, 4, 4, dtype=torch.float64)
+    per_sample = torch.func.vmap(torch.func.grad(lambda c, w: (eigh_power(c[None])[0] * w).sum()))(cov, weight)
+    x = cov.clone().requires_grad_()
+    (expected,) = torch.autograd.grad((eigh_power(x) * weight).sum(), x)
+    torch.testing.assert_close(per_sample, expected)
