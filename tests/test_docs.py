@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,37 @@ README = PAGES[0].read_text(encoding="utf-8")
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
-# Prints the usage of every command in argv, in one process: importing torch for each would take a while.
+# Runs each program named on its input, in the folder that it is in, in a process of its own. The processes are forks of
+# one that has imported torch and nothing else of use, because that takes longer than most examples.
+RUNNER = """
+import os, sys, traceback
+import torch, torchvision
+for line in sys.stdin:
+    program = line.strip()
+    child = os.fork()
+    if child == 0:
+        os.chdir(os.path.dirname(program))
+        out = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        code = 1
+        try:
+            exec(compile(open(program).read(), program, "exec"), {"__name__": "__main__"})
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+# Writes the usage of commands, in one process as well.
 USAGES = """
-import contextlib, io, json, runpy, sys
+import contextlib, io, json, os, runpy, sys
+os.chdir(ROOT)
 usages = {}
-for command in sys.argv[1:]:
+for command in COMMANDS:
     module, *words = command.split()
     sys.argv = [module, *words, "--help"]
     out = io.StringIO()
@@ -33,8 +60,27 @@ for command in sys.argv[1:]:
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         run(module, run_name="__main__")
     usages[command] = out.getvalue()
-print(json.dumps(usages))
+with open(RESULT, "w") as file:
+    json.dump(usages, file)
 """
+
+
+@pytest.fixture(scope="module")
+def run_program() -> Iterator[Callable[[Path, str], str]]:
+    """Run a program in a folder; its output, if it succeeds."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", RUNNER], env=ENV, **pipes) as runner:
+
+        def run(folder: Path, code: str) -> str:
+            (folder / "program.py").write_text(code, encoding="utf-8")
+            print(folder / "program.py", file=runner.stdin, flush=True)
+            exit_code = runner.stdout.readline().strip()
+            output = (folder / "output.txt").read_text(encoding="utf-8")
+            assert exit_code == "0", output[-3000:]
+            return output
+
+        yield run
+        runner.stdin.close()
 
 
 def fences(page: Path, *languages: str) -> list[tuple[str, str]]:
@@ -63,8 +109,8 @@ def python_commands(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if fences(p, "python")], ids=lambda p: p.name)
-def test_python_examples_run_as_pasted(page, tmp_path):
-    """In order, in a fresh process, in a folder that has only the files of this repository that they name.
+def test_python_examples_run_as_pasted(page, tmp_path, run_program):
+    """In order, in a process of their own, in a folder that has only the files of this repository that they name.
 
     Those marked ``network`` run without their download.
     """
@@ -76,11 +122,9 @@ def test_python_examples_run_as_pasted(page, tmp_path):
     for name in re.findall(r'"((?:docs|examples)/[^"]+)"', code):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    run = [sys.executable, "-c", code]
-    done = subprocess.run(run, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    output = run_program(tmp_path, code)
     if page.name == "README.md":
-        assert done.stdout.splitlines()[0] == "Ankle boot"
+        assert output.splitlines()[0] == "Ankle boot"
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -102,7 +146,7 @@ def test_make_targets_exist():
     assert {"quickstart", "test", "docs"} <= shown <= set(targets)
 
 
-def test_shown_commands_have_their_options():
+def test_shown_commands_have_their_options(tmp_path, run_program):
     """Our own commands' options are in their usage, those of timm's train.py in the list of its options."""
     train_options = set(yaml.safe_load((ROOT / "tests/data/train_options.yaml").read_text()))
     ours: dict[str, set[str]] = {}
@@ -122,10 +166,9 @@ def test_shown_commands_have_their_options():
             ours.setdefault(command, set()).update(options)
     assert "timm_gsop.viz curves" in ours
     assert "hub/publish.py" in ours
-    run = [sys.executable, "-c", USAGES, *ours]
-    done = subprocess.run(run, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for command, usage in json.loads(done.stdout).items():
+    result = tmp_path / "usages.json"
+    run_program(tmp_path, f"ROOT, COMMANDS, RESULT = {str(ROOT)!r}, {list(ours)!r}, {str(result)!r}\n{USAGES}")
+    for command, usage in json.loads(result.read_text()).items():
         assert ours[command] <= set(re.findall(r"--[\w-]+", usage)), f"{command}: {usage}"
 
 
