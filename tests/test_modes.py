@@ -101,7 +101,7 @@ NETWORKS = {
     ),
     "densenet": (
         "gsop_densenet121_net2",
-        dict(growth_rate=8, block_config=(2, 2, 2, 2), num_init_features=16, num_classes=5, cov_dim=8, isqrt_dim=6),
+        dict(growth_rate=8, block_config=(2, 2, 2, 2), num_classes=5, cov_dim=8, isqrt_dim=6),
     ),
     "inception": ("gsop_inception_v3_net2", dict(num_classes=5, cov_dim=8, isqrt_dim=6)),
 }

@@ -141,7 +141,8 @@ def _take(mat: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 def _take_constant(mat: torch.Tensor, triangle: Callable[[int], tuple[Any, Any]]) -> torch.Tensor:
     """As :func:`_take`, with indices that a trace holds as constants: converters lack an operation that makes them."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of a size that never changes: the weights have it
-        rows, columns = triangle(int(mat.shape[2]))
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # the size is that of the weights: it is constant
         size = int(mat.shape[2])
-    return mat.flatten(1).index_select(1, torch.as_tensor(rows * size + columns, device=mat.device))
+        rows, columns = triangle(size)
+        indices = torch.as_tensor(rows * size + columns, device=mat.device)
+    return mat.flatten(1).index_select(1, indices)

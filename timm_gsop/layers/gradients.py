@@ -45,7 +45,7 @@ def without_autocast(backward: Backward) -> Backward:
 
     @wraps(backward)
     def guarded(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        device = next(grad.device for grad in grads if grad is not None)
+        device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
         with autocast_disabled(device):
             return backward(ctx, *grads)
 

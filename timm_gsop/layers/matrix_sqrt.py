@@ -76,7 +76,7 @@ def _first_factor(a: torch.Tensor) -> torch.Tensor:
 
 def _factor(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """(3I - Z Y) / 2."""
-    return torch.baddbmm(1.5 * _eye(y), z, y, alpha=-0.5)
+    return _add_product(1.5 * _eye(y), z, y, alpha=-0.5)
 
 
 def _two_factors(p: torch.Tensor) -> torch.Tensor:
@@ -87,9 +87,19 @@ def _two_factors(p: torch.Tensor) -> torch.Tensor:
     """
     r = 2 + (5 + 24**0.5) ** (1 / 3) + (5 - 24**0.5) ** (1 / 3)
     eye = _eye(p)
-    left = torch.sub(3 * r * eye, p, alpha=3 + r).baddbmm_(p, p)
+    left = _add_product(torch.sub(3 * r * eye, p, alpha=3 + r), p, p)
     right = torch.add(left, p, alpha=2 * r - 3).add_((12 / r - 3 * r) * eye)
-    return torch.baddbmm(left, left, right, beta=0, alpha=1 / 16)
+    return _add_product(left, left, right, beta=0.0, alpha=1 / 16)
+
+
+def _add_product(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1.0, alpha: float = 1.0
+) -> torch.Tensor:
+    """Return beta · X + alpha · A B."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
+        if torch.jit.is_tracing():  # counters of operations, which trace, know bmm and not baddbmm
+            return beta * x + alpha * torch.bmm(a, b)
+    return torch.baddbmm(x, a, b, beta=beta, alpha=alpha)
 
 
 def _eye(mat: torch.Tensor) -> torch.Tensor:

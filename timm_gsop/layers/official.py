@@ -181,7 +181,7 @@ class OfficialPositionGsop(PositionGsop):
         Gsop.__init__(
             self,
             OfficialReduction(channels, rd_channels, nn.Identity(), **dd),
-            CovarianceExcitation(positions, positions, row_conv_bn=False, act=nn.ReLU(inplace=True), **dd),
+            CovarianceExcitation(positions, positions, row_conv_bn=False, act=nn.ReLU(), **dd),
         )
         self.spatial_size = spatial_size
 
