@@ -4,7 +4,7 @@
 # make dist         wheel and source archive in dist/, twice to see that they are the same, and the wheel tried alone
 # make fix          let ruff format and mend what it can
 # make docs         the documentation site in build/docs, warnings are errors; make docs-serve shows it on 127.0.0.1:8000
-# make figures      draw the figures of README and docs again
+# make figures      draw the figures of README and docs again, and their tables of what was measured
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -67,6 +67,7 @@ docs-serve: docs
 figures: $(VENV)/demo.done
 	$(RUN) docs/figures/architecture.py
 	$(RUN) docs/figures/ankle_boot.py
+	$(RUN) docs/measured.py
 
 # One environment, with as many extras as were asked for; made anew when the requirements change.
 $(VENV)/%.done: pyproject.toml
