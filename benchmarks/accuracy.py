@@ -17,8 +17,7 @@ from benchmarks.textbook import exact_root, plain_newton_schulz
 from benchmarks.timing import machine, parser, set_up, write
 from timm_gsop.layers import newton_schulz_sqrt
 
-SIZE, BATCH = 256, 4
-ITERATIONS = (1, 3, 5, 7, 10, 15)
+SIZE, BATCH, ITERATIONS = 256, 4, (1, 3, 5, 7, 10, 15)
 CONDITIONS = tuple(10.0**exponent for exponent in range(9))
 
 

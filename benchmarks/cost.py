@@ -176,11 +176,11 @@ def terms(model: nn.Module, size: Sequence[int]) -> Counter[str]:
     parts: Counter[str] = Counter()
     covariances = mirrored = scaled = 0
     for name, module in model.named_modules():
-        if isinstance(module, (ChannelGsop, PositionGsop)):
-            reduction, excitation = macs[f"{name}.reduction"], macs[f"{name}.excitation"]
+        if isinstance(module, GsopBlock):
+            reduction, excitation = (macs[f"{name}.gsop.{part}".lstrip(".")] for part in ("reduction", "excitation"))
             covariance = macs[name] - reduction - excitation
             parts.update(reduction=reduction, covariance=covariance, excitation=excitation)
-            rows = module.excitation.cov_bn.num_features
+            rows = module.gsop.excitation.cov_bn.num_features
             covariances += covariance
             mirrored += covariance * (rows - 1) // (2 * rows)
             scaled += math.prod(shapes[name])
@@ -256,7 +256,7 @@ def table_2(size: Sequence[int] = (1024, 14, 14)) -> Table:
             own = [p for module in modules for p in block.gsop.get_submodule(module).parameters()]
             weights = sum(p.numel() for p in own if p.ndim == 4)
             step = parts["covariance"] if "cov" in label else sum(macs[f"gsop.{module}"] for module in modules)
-            output = shapes[f"gsop.{modules[0]}" if modules else "gsop"]
+            output = shapes[f"gsop.{modules[0]}" if modules else ""]
             row += [times(output), f"{weights} + {sum(p.numel() for p in own) - weights}", f"{step / 1e6:.3f}"]
         weights = sum(p.numel() for p in block.parameters() if p.ndim == 4)
         figures = (weights, macs[""], parts["as in Table 2"])

@@ -35,8 +35,7 @@ Groups = Iterator[tuple[dict[str, Any], dict[str, Work]]]
 """What is measured, and its alternatives; the first is the reference."""
 
 RECIPES = ROOT / "train_configs/fashion_mnist"
-STAGES = ((256, 56), (512, 28), (1024, 14), (2048, 14))
-HEAD = (2048, 14)
+STAGES, HEAD = ((256, 56), (512, 28), (1024, 14), (2048, 14)), (2048, 14)
 COV_DIM, HEAD_DIM = 128, 256
 ATTENTION = ("se", "cbam", "eca", "gc")
 TWIN = ("gsop_resnet50_net1.untrained", dict(gsop_layers=()))
@@ -248,7 +247,7 @@ def main() -> None:
     groups, rows = against if args.against else MEASURES[args.what], []
     with torch.device(args.device), torch.set_grad_enabled(args.what not in ("pieces", "growth")):
         for what, works in groups(args):
-            rows.append(dict(what, alternatives=timing.time_paired(works, args.rounds)))
+            rows.append(dict(what, alternatives=timing.time_paired(works, args.rounds, what.get("repeats", 1))))
             show(rows[-1])
     timing.write(dict(machine=timing.machine(args.device), batch=args.batch, rows=rows), args.json)
 

@@ -27,11 +27,11 @@ WARM_UP = 2
 Work = Callable[[], Any]
 
 
-def time_paired(works: Mapping[str, Work], rounds: int) -> dict[str, dict[str, float]]:
+def time_paired(works: Mapping[str, Work], rounds: int, repeats: int = 1) -> dict[str, dict[str, float]]:
     """Time alternatives in turn, in alternating order, for ``rounds`` rounds after two to warm up.
 
-    Returns the median seconds of each; and the median and quartiles of its ratio to the first alternative in the same
-    round, where whatever slows the machine for longer than a round cancels out.
+    Returns the median seconds of each, by its ``repeats`` when called; and the median and quartiles of its ratio
+    to the first alternative in the same round, where whatever slows the machine for longer than a round cancels out.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
@@ -40,9 +40,9 @@ def time_paired(works: Mapping[str, Work], rounds: int) -> dict[str, dict[str, f
             times[name].append(seconds(works[name]))
     timings = {}
     for name, each in times.items():
-        ratios = [own / reference for own, reference in zip(each, times[names[0]], strict=True)]
-        low, _, high = quantiles(ratios[WARM_UP:], n=4)
-        timings[name] = dict(seconds=median(each[WARM_UP:]), ratio=median(ratios[WARM_UP:]), low=low, high=high)
+        ratios = [own / reference for own, reference in zip(each, times[names[0]], strict=True)][WARM_UP:]
+        low, _, high = quantiles(ratios, n=4)
+        timings[name] = dict(seconds=median(each[WARM_UP:]) / repeats, ratio=median(ratios), low=low, high=high)
     return timings
 
 
