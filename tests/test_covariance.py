@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timm_gsop import covariance_pool, triu_vectorize
+from timm_gsop import covariance_pool, newton_schulz_sqrt, position_covariance, triu_vectorize
 
 LARGE_MEAN = 1e3
 
@@ -88,3 +88,15 @@ def test_triangle_is_row_major_upper():
 def test_triangle_of_non_square_is_named(shape):
     with pytest.raises(ValueError, match=r"mat has shape .* accepted: \(B, C, C\)"):
         triu_vectorize(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("covariance", [covariance_pool, position_covariance])
+def test_half_precision_does_not_overflow_in_the_covariance(covariance):
+    """65 504 is float16's largest number; squares of 1e4 are beyond."""
+    x = (1e4 * torch.randn(2, 6, 5, 5)).half()
+    cov = covariance(x)
+    assert cov.dtype == torch.float32
+    assert cov.isfinite().all()
+    assert cov.max() > 65504
+    torch.testing.assert_close(cov.double(), covariance(x.double()), rtol=1e-5, atol=1.0)
+    assert newton_schulz_sqrt(cov).isfinite().all()

@@ -10,21 +10,10 @@ import timm
 import torch
 from torch import nn
 
+from tests.layers import CHANNELS, LAYERS
 from tests.oracles import random_covariance
 from tests.tolerances import TOLERANCES, gradient_error, output_error
-from timm_gsop.layers import (
-    FLAVORS,
-    GSOP_TYPES,
-    GsopBlock,
-    IsqrtCovPool2d,
-    MpnCovPool2d,
-    OfficialIsqrtCovPool2d,
-    covariance_pool,
-    create_gsop,
-    eigh_power,
-    newton_schulz_sqrt,
-    position_covariance,
-)
+from timm_gsop.layers import covariance_pool, eigh_power, newton_schulz_sqrt, position_covariance
 from timm_gsop.layers.official import official_position_covariance
 
 BACKENDS = ("eager", "aot_eager", "inductor")
@@ -41,12 +30,6 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "official_position_covariance": official_position_covariance,
     **{f"newton_schulz_sqrt, {n}": lambda x, n=n: newton_schulz_sqrt(covariance_pool(x), n) for n in (1, 3, 5)},
     "eigh_power": lambda x: eigh_power(covariance_pool(x), 0.5),
-}
-LAYERS = {
-    **{f"{t} {f}": lambda t=t, f=f: GsopBlock(create_gsop(t, 64, 8, 3, f)) for t in GSOP_TYPES for f in FLAVORS},
-    "isqrt": lambda: IsqrtCovPool2d(64, 8),
-    "isqrt official": lambda: OfficialIsqrtCovPool2d(64, 8),
-    "mpn": lambda: MpnCovPool2d(64, 8),
 }
 
 
@@ -181,7 +164,7 @@ def test_functions(backend, autocast):
 )
 def test_layers(backend, autocast, training):
     layers = smooth(Layers()).train(training)
-    assert_one_answer(layers, torch.randn(len(LAYERS), 6, 64, 7, 9), backend, autocast, bounds_of(autocast))
+    assert_one_answer(layers, torch.randn(len(LAYERS), 6, CHANNELS, 7, 9), backend, autocast, bounds_of(autocast))
 
 
 def network_cases() -> list:

@@ -1,0 +1,37 @@
+"""Every layer of the package, small, for the tests that all of them pass (test_layers.py, test_modes.py)."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from timm_gsop.layers import (
+    FLAVORS,
+    GSOP_TYPES,
+    GsopBlock,
+    IsqrtCovPool2d,
+    MpnCovPool2d,
+    OfficialIsqrtCovPool2d,
+    create_gsop,
+)
+
+CHANNELS = 64  # the fewest that the official concatenation accepts
+
+
+def _scaling(gsop_type: str, flavor: str) -> Callable[..., nn.Module]:
+    return lambda **dd: create_gsop(gsop_type, CHANNELS, cov_dim=8, spatial_size=3, flavor=flavor, **dd)
+
+
+# Each takes ``device`` and ``dtype``.
+SCALING_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    f"{gsop_type} {flavor}": _scaling(gsop_type, flavor) for gsop_type in GSOP_TYPES for flavor in FLAVORS
+}
+BLOCKS: dict[str, Callable[..., nn.Module]] = {
+    "block of channel": lambda **dd: GsopBlock(SCALING_LAYERS["channel paper"](**dd)),
+    "block of concat": lambda **dd: GsopBlock(SCALING_LAYERS["concat paper"](**dd), scale=2 / 3),
+}
+HEADS: dict[str, Callable[..., nn.Module]] = {
+    "isqrt": lambda **dd: IsqrtCovPool2d(CHANNELS, 8, **dd),
+    "isqrt official": lambda **dd: OfficialIsqrtCovPool2d(CHANNELS, 8, **dd),
+    "mpn": lambda **dd: MpnCovPool2d(CHANNELS, 8, **dd),
+}
+LAYERS = {**SCALING_LAYERS, **BLOCKS, **HEADS}
