@@ -63,7 +63,12 @@ class IsqrtCovPool2d(_CovPool2d):
         num_iters: Newton–Schulz iterations.
 
     Raises:
-        ValueError: If an argument < 1; in ``forward``, if the input has not four dimensions.
+        ValueError: If an argument < 1; in ``forward``, if the input does not have four dimensions.
+
+    Examples:
+        >>> pool = IsqrtCovPool2d(64, dim=16)
+        >>> pool(torch.randn(2, 64, 7, 7)).shape
+        torch.Size([2, 136])
     """
 
     pool_type = "isqrt"
@@ -94,7 +99,12 @@ class MpnCovPool2d(_CovPool2d):
         dim: Channels after reduction, the size of the covariance matrix; the output has dim·(dim+1)/2 features.
 
     Raises:
-        ValueError: If an argument < 1; in ``forward``, if the input has not four dimensions.
+        ValueError: If an argument < 1; in ``forward``, if the input does not have four dimensions.
+
+    Examples:
+        >>> pool = MpnCovPool2d(64, dim=16)
+        >>> pool(torch.randn(2, 64, 7, 7)).shape
+        torch.Size([2, 136])
     """
 
     pool_type = "mpn"

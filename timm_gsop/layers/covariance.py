@@ -28,6 +28,12 @@ def covariance_pool(x: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: If ``x`` has neither three nor four dimensions.
+
+    Examples:
+        >>> x = torch.tensor([[[1.0, 3.0], [2.0, 6.0]]])  # one image, two channels, two positions
+        >>> covariance_pool(x)
+        tensor([[[1., 2.],
+                 [2., 4.]]])
     """
     if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
         return _covariance(x.flatten(2))
@@ -87,6 +93,10 @@ def position_covariance(x: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: If ``x`` has neither three nor four dimensions.
+
+    Examples:
+        >>> position_covariance(torch.randn(2, 16, 4, 4)).shape
+        torch.Size([2, 16, 16])
     """
     if not torch.jit.is_scripting():  # does not know our checks
         check_ndim("x", x, (3, 4), "(B, C, H, W) or (B, C, M)")
@@ -106,6 +116,10 @@ def triu_vectorize(mat: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: If ``mat`` is not a batch of square matrices.
+
+    Examples:
+        >>> triu_vectorize(torch.tensor([[[1, 2], [2, 3]]]))
+        tensor([[1, 2, 3]])
     """
     if not torch.jit.is_scripting():
         check_square("mat", mat)

@@ -48,6 +48,10 @@ def create_gsop(
 
     Raises:
         ValueError: If an argument is not among the accepted ones.
+
+    Examples:
+        >>> create_gsop("position", 64, cov_dim=16, spatial_size=4)(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 64, 8, 8])
     """
     check_gsop(gsop_type, cov_dim, spatial_size, flavor)
     dd: dict[str, Any] = dict(device=device, dtype=dtype)

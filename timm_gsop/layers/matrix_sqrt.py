@@ -32,6 +32,11 @@ def newton_schulz_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
 
     Raises:
         ValueError: If ``cov`` is not a batch of square matrices, or ``num_iters`` < 1.
+
+    Examples:
+        >>> cov = torch.diag(torch.tensor([4.0, 1.0]))[None]
+        >>> torch.allclose(newton_schulz_sqrt(cov, num_iters=20), torch.diag(torch.tensor([2.0, 1.0])))
+        True
     """
     if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
         return _newton_schulz(at_least_float32(cov), num_iters)
@@ -215,8 +220,8 @@ def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def eigh_power(cov: torch.Tensor, power: float = 0.5) -> torch.Tensor:
     r"""Matrix power by eigen-decomposition (MPN-COV, ICCV 2017), :math:`U \Lambda^p U^\top`.
 
-    Eigenvalues up to C · eps times the largest are numerically zero: they stay zero, and no gradient flows between two
-    of them. The gradient is the Daleckii–Krein formula, finite for repeated eigenvalues also, where that of
+    Eigenvalues up to C · eps times the largest count as zero: they stay zero, and no gradient flows between two of
+    them. The gradient is the Daleckii–Krein formula, finite for repeated eigenvalues also, where that of
     ``torch.linalg.eigh`` is not.
 
     Args:
@@ -228,6 +233,11 @@ def eigh_power(cov: torch.Tensor, power: float = 0.5) -> torch.Tensor:
 
     Raises:
         ValueError: If ``cov`` is not a batch of square matrices, or ``power`` is not positive.
+
+    Examples:
+        >>> cov = torch.diag(torch.tensor([4.0, 1.0]))[None]
+        >>> torch.allclose(eigh_power(cov) @ eigh_power(cov), cov)
+        True
     """
     if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
         return _eigh_power(at_least_float32(cov), power)

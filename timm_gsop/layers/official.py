@@ -85,6 +85,11 @@ class OfficialChannelGsop(ChannelGsop):
 
     Raises:
         ValueError: If an argument < 1; in ``forward``, if the input does not have four dimensions.
+
+    Examples:
+        >>> gsop = OfficialChannelGsop(64, cov_dim=16, stride=2)
+        >>> gsop(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 64, 8, 8])
     """
 
     def __init__(
