@@ -1,10 +1,15 @@
 """The documentation site: make docs. Pages are Markdown that GitHub shows too; the API comes from the docstrings."""
 
+import importlib
 import os
+import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
+from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.util.nodes import make_refnode
 
 import timm_gsop
 
@@ -64,8 +69,22 @@ def resolve_links(text: str, folder: Path) -> str:
     return re.sub(r"\]\((?!https?:|#)([^)\s]+)\)", resolve, text)
 
 
+def find_by_last_name(app: Sphinx, env: Any, node: Any, content: nodes.Element) -> nodes.Element | None:
+    """A docstring names a neighbour by its last name: the public one of that name, or, if it is private, plain text."""
+    name = node["reftarget"].rpartition(".")[2]
+    found = [item for item in env.domains.python_domain.objects.items() if item[0].rpartition(".")[2] == name]
+    if len(found) == 1:
+        ((target, entry),) = found
+        return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, content, target)
+    modules = [
+        info.name for info in pkgutil.walk_packages(timm_gsop.__path__, "timm_gsop.") if "__main__" not in info.name
+    ]
+    private = any(callable(getattr(importlib.import_module(module), name, None)) for module in modules)
+    return content if private else None
+
+
 def setup(app: Sphinx) -> None:
-    """Resolve the links of every page. README is the first page; docs/index.md only has the navigation."""
+    """Resolve links and references. README is the first page; docs/index.md only has the navigation."""
 
     def read(app: Sphinx, name: str, source: list[str]) -> None:
         source[0] = resolve_links(source[0], ROOT / "docs")
@@ -73,3 +92,4 @@ def setup(app: Sphinx) -> None:
             source[0] = resolve_links((ROOT / "README.md").read_text(encoding="utf-8"), ROOT) + source[0]
 
     app.connect("source-read", read)
+    app.connect("missing-reference", find_by_last_name)

@@ -188,7 +188,10 @@ def test_times_beside_resnet50_are_those_measured():
     rows = json.loads((ROOT / "benchmarks/results/performance/networks.json").read_text())["rows"]
     seconds = {row["way"]: {name: timing["seconds"] for name, timing in row["alternatives"].items()} for row in rows}
     performance = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
-    names = {"the twin": "twin", **{f"`{n}`": n for n in ("isqrt_resnet50", "gsop_resnet50_net1", "gsop_resnet50_net2")}}
+    names = {
+        "the twin": "twin",
+        **{f"`{n}`": n for n in ("isqrt_resnet50", "gsop_resnet50_net1", "gsop_resnet50_net2")},
+    }
     for label, name in names.items():
         times = [f"{seconds[way][name] / seconds[way]['resnet50']:.2f}×" for way in ("inference", "training")]
         row = next(line for line in README.splitlines() if line.startswith(f"| {label} |"))
