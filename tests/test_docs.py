@@ -10,7 +10,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
+import torch
 import yaml
 
 import timm_gsop
@@ -118,6 +121,8 @@ def test_python_examples_run_as_pasted(page, tmp_path, run_program):
         text.replace("pretrained=True", "pretrained=False") if "network" in info else text
         for info, text in fences(page, "python")
     ]
+    if page.name == "export.md" and torch.__version__ < (2, 6):
+        pytest.skip("PyTorch's exporters are older than these ways to ask")
     code = "\n".join(blocks)
     for name in re.findall(r'"((?:docs|examples)/[^"]+)"', code):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -209,8 +214,6 @@ def test_the_reference_has_every_public_name():
 
 @pytest.mark.slow
 def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
     for name, value in ENV.items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(ROOT / "examples/fine_tune.ipynb", as_version=4)
