@@ -11,8 +11,7 @@ from timm.models.inception_v3 import InceptionV3
 from timm.models.resnet import ResNet
 from torch import nn
 
-from timm_gsop.layers import ChannelGsop, FusedGsop, GsopBlock, OfficialFusedGsop, OfficialPositionGsop, PositionGsop
-from timm_gsop.layers.gsop import Concatenation
+from timm_gsop.layers import ChannelGsop, FusedGsop, GsopBlock, PositionGsop, start_at_half
 from timm_gsop.pretrained.checkpoint import Weights
 
 __all__ = ["NEUTRAL_GAIN", "neutral_start"]
@@ -75,7 +74,7 @@ def neutral_start(model: nn.Module, weights: Weights) -> Weights:
     scalings = [site.scalings() for site in new]  # before anything changes
     for site, made_up_by in zip(new, scalings, strict=True):
         gsop = model.get_submodule(site.block[:-1])
-        _silence(gsop)
+        start_at_half(gsop)
         for name, factor, inputs in made_up_by:
             if name in weights:
                 value = weights[name].clone()
@@ -186,22 +185,3 @@ def _head_readers(model: Any) -> list[str]:
 
 def _read_by(names: list[str], inputs: slice = slice(None)) -> list[_Scaling]:
     return [_Scaling(name, 1 / NEUTRAL_GAIN, inputs) for name in names]
-
-
-def _silence(gsop: nn.Module) -> None:
-    """Let a layer scale by one half, whatever its input."""
-    if isinstance(gsop, OfficialPositionGsop | OfficialFusedGsop):
-        raise ValueError(
-            "flavor='official' with position-wise blocks cannot start neutral, for they rectify or normalize what they "
-            "scaled; accepted: gsop_type='channel', or flavor='paper'."
-        )
-    if isinstance(gsop, FusedGsop):
-        _silence(gsop.channel)
-        _silence(gsop.position)
-        if isinstance(gsop.fuse, Concatenation):
-            halves = torch.eye(gsop.fuse.conv.out_channels)[:, :, None, None] / 2
-            gsop.fuse.conv.weight.copy_(torch.cat([halves, halves], dim=1))
-            nn.init.zeros_(gsop.fuse.conv.bias)  # type: ignore[arg-type]
-    elif isinstance(gsop, ChannelGsop | PositionGsop):
-        nn.init.zeros_(gsop.excitation.expand_conv.weight)
-        nn.init.zeros_(gsop.excitation.expand_conv.bias)  # type: ignore[arg-type]
