@@ -35,7 +35,7 @@ def insert_gsop(
 
     Args:
         model: A timm model with ``feature_info``; also one created with ``features_only=True``.
-        gsop_type: Kind of the blocks, see :func:`timm_gsop.layers.factory`.
+        gsop_type: Kind of the blocks, see :func:`timm_gsop.layers.create_gsop`.
         stages: Indices into the model's ``feature_info``, as timm's ``out_indices``; None for all whose stride is at
             least 4, which leaves the stem out.
         cov_dim: Channels after reduction in a block.
