@@ -9,8 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay out a table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
 
 
 def update(page: str, contents: Mapping[str, str]) -> str:

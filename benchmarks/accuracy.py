@@ -6,6 +6,7 @@ operands rounded to TF32 or bfloat16, to the same N iterations in float64. ``--j
 docs/measured.py draws them. (The networks' accuracy is measured by timm's train.py and validate.py.)
 """
 
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from benchmarks import table
 from benchmarks.textbook import exact_root, plain_newton_schulz
-from benchmarks.timing import machine, parser, set_up, write
+from benchmarks.timing import machine, parser, set_up
 from timm_gsop.layers import newton_schulz_sqrt
 
 SIZE, BATCH, ITERATIONS = 256, 4, (1, 3, 5, 7, 10, 15)
@@ -75,7 +76,8 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     set_up(args.float32_products)
     result = measure()
-    write(result, args.json)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
     errors = {"truncation": result["truncation"], **result["rounding"]}
     rows = [[n, name, *(f"{e:.1e}" for e in found[n])] for n in result["truncation"] for name, found in errors.items()]
     print(table(["iterations", "error", *(f"{condition:.0e}" for condition in CONDITIONS)], rows))

@@ -3,12 +3,12 @@
 ``blocks``: a GSoP block after each stage of ResNet-50 at 224×224, the last one not down-sampled, and covariance
 pooling, beside alternatives. ``networks``: ResNet-50s, relative to the twin: the same network, its last stage not
 down-sampled either, without blocks. ``pieces``: the steps of GSoP-Net1's blocks and of GSoP-Net2's head. ``growth``:
-time and operations against the size of the problem. ``recipes``: a training step of train_configs/fashion_mnist.
+time and operations against the size. ``recipes``: a step of train_configs/fashion_mnist. ``heads``: second_order's.
 
-``--json`` keeps the figures; docs/measured.py makes tables and pictures of them. ``--against DIR`` compares blocks and
-networks with those of another checkout of this repository.
+``--json`` keeps the figures. ``--against DIR`` compares blocks and networks with those of another checkout.
 """
 
+import json
 import math
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -29,12 +29,20 @@ from benchmarks.cost import measure as measure_cost
 from benchmarks.textbook import TextbookChannelGsop, TextbookCovPool2d, exact_root
 from benchmarks.timing import Checkout, Work, peak_bytes, run_of, saved_bytes, seconds
 from timm_gsop.hub.operations import count_macs
-from timm_gsop.layers import ChannelGsop, GsopBlock, IsqrtCovPool2d, covariance_pool, newton_schulz_sqrt, triu_vectorize
+from timm_gsop.layers import (
+    SECOND_ORDER_POOLS,
+    ChannelGsop,
+    GsopBlock,
+    IsqrtCovPool2d,
+    covariance_pool,
+    newton_schulz_sqrt,
+    triu_vectorize,
+)
 
 Groups = Iterator[tuple[dict[str, Any], dict[str, Work]]]
 """What is measured, and its alternatives; the first is the reference."""
 
-RECIPES = ROOT / "train_configs/fashion_mnist"
+POOLS = ("avg", *SECOND_ORDER_POOLS)
 STAGES, HEAD = ((256, 56), (512, 28), (1024, 14), (2048, 14)), (2048, 14)
 COV_DIM, HEAD_DIM = 128, 256
 ATTENTION = ("se", "cbam", "eca", "gc")
@@ -48,12 +56,9 @@ PASSES = {False: "inference", True: "forward and backward"}
 AGAINST = {  # public layers and models: name, arguments, shape of the input
     "blocks": [
         ("ChannelGsop", (256,), (256, 56, 56)),
-        ("ChannelGsop", (1024,), (1024, 14, 14)),
-        ("PositionGsop", (1024,), (1024, 14, 14)),
-        ("FusedGsop", (1024,), (1024, 14, 14)),
+        *((f"{kind}Gsop", (1024,), (1024, 14, 14)) for kind in ("Channel", "Position", "Fused")),
         ("FusedGsop", (1024, "concat"), (1024, 14, 14)),
-        ("IsqrtCovPool2d", (2048,), (2048, 14, 14)),
-        ("MpnCovPool2d", (2048,), (2048, 14, 14)),
+        *((f"{kind}CovPool2d", (2048,), (2048, 14, 14)) for kind in ("Isqrt", "Mpn")),
     ],
     "networks": [("gsop_resnet50_net1", (), (3, 224, 224)), ("gsop_resnet50_net2", (), (3, 224, 224))],
 }
@@ -127,8 +132,7 @@ def pieces(args: Namespace) -> Groups:
         x = features(args.batch, *stage)
         block = GsopBlock(ChannelGsop(stage[0], COV_DIM)).eval()
         reduction, excitation = block.gsop.reduction, block.gsop.excitation
-        reduced = reduction(x)
-        cov = covariance_pool(reduced)
+        cov = covariance_pool(reduced := reduction(x))
         centred = reduced.flatten(2) - reduced.flatten(2).mean(2, keepdim=True)
         works: dict[str, Work] = {
             "all of it": partial(block, x),
@@ -141,8 +145,7 @@ def pieces(args: Namespace) -> Groups:
         }
         yield dict(part="four blocks"), works
     x, head = features(args.batch, *HEAD), IsqrtCovPool2d(HEAD[0], HEAD_DIM).eval()
-    reduced = head.reduction(x)
-    cov = covariance_pool(reduced)
+    cov = covariance_pool(reduced := head.reduction(x))
     works = {
         "all of it": partial(head, x),
         "reduction": partial(head.reduction, x),
@@ -163,29 +166,24 @@ DIMS, SIZES, ITERATIONS, BATCHES = (32, 64, 128, 256, 512), (7, 14, 28, 56), ran
 def growth(args: Namespace) -> Groups:
     """Each work for every value of what grows, with its multiply-accumulates."""
 
-    def cov(batch: int, dim: int, size: int) -> Work:
-        return partial(covariance_pool, features(batch, dim, size))
+    def layer(kind: str, batch: int, dim: int, size: int) -> Work:
+        module = {"block": GsopBlock(ChannelGsop(256, dim)).eval(), "head": IsqrtCovPool2d(256, dim).eval()}.get(kind)
+        return partial(module or covariance_pool, features(batch, 256 if module else dim, size))
 
     def root(dim: int, num_iters: int) -> Work:
         return partial(newton_schulz_sqrt, covariance_pool(torch.randn(16, dim, 2 * dim)), num_iters)
 
-    def block(batch: int, dim: int, size: int) -> Work:
-        return partial(GsopBlock(ChannelGsop(256, dim)).eval(), features(batch, 256, size))
-
-    def head(batch: int, dim: int, size: int) -> Work:
-        return partial(IsqrtCovPool2d(256, dim).eval(), features(batch, 256, size))
-
     for by, of, values, create in (
-        ("cov_dim", "covariance, 14×14", DIMS, lambda d: cov(16, d, 14)),
+        ("cov_dim", "covariance, 14×14", DIMS, lambda d: layer("cov", 16, d, 14)),
         ("cov_dim", "square root, 5 iterations", DIMS, lambda d: root(d, 5)),
-        ("cov_dim", "block, 256×28×28", DIMS, lambda d: block(16, d, 28)),
-        ("cov_dim", "head, 256×14×14", DIMS, lambda d: head(16, d, 14)),
-        ("height and width", "covariance, 128 channels", SIZES, lambda s: cov(16, 128, s)),
-        ("height and width", "block, 256 channels", SIZES, lambda s: block(16, 128, s)),
-        ("height and width", "head, 256 channels", SIZES, lambda s: head(16, 256, s)),
+        ("cov_dim", "block, 256×28×28", DIMS, lambda d: layer("block", 16, d, 28)),
+        ("cov_dim", "head, 256×14×14", DIMS, lambda d: layer("head", 16, d, 14)),
+        ("height and width", "covariance, 128 channels", SIZES, lambda s: layer("cov", 16, 128, s)),
+        ("height and width", "block, 256 channels", SIZES, lambda s: layer("block", 16, 128, s)),
+        ("height and width", "head, 256 channels", SIZES, lambda s: layer("head", 16, 256, s)),
         ("iterations", "square root, 256×256", ITERATIONS, lambda n: root(256, n)),
-        ("batch", "block, 256×28×28", BATCHES, lambda b: block(b, 128, 28)),
-        ("batch", "head, 256×14×14", BATCHES, lambda b: head(b, 256, 14)),
+        ("batch", "block, 256×28×28", BATCHES, lambda b: layer("block", b, 128, 28)),
+        ("batch", "head, 256×14×14", BATCHES, lambda b: layer("head", b, 256, 14)),
     ):
         works = {str(value): create(value) for value in values}
         yield dict(by=by, of=of, macs={value: count_macs(work)[""] for value, work in works.items()}), works
@@ -194,15 +192,23 @@ def growth(args: Namespace) -> Groups:
 def recipes(args: Namespace) -> Groups:
     """A training step of every recipe's network, in bfloat16 with channels last."""
     works, costs = {}, {}
-    for path in sorted(RECIPES.glob("*.yaml"), key=lambda path: path.stem != "preresnet20"):
+    for path in sorted(ROOT.glob("train_configs/fashion_mnist/*.yaml"), key=lambda path: path.stem != "preresnet20"):
         recipe = yaml.safe_load(path.read_text())
-        pool = {"global_pool": recipe["gp"]} if "gp" in recipe else {}
         overlay = dict(input_size=tuple(recipe["input_size"]), num_classes=recipe["num_classes"])
-        kwargs = dict(pretrained_cfg_overlay=overlay, **recipe.get("model_kwargs", {}), **pool)
+        kwargs = dict(pretrained_cfg_overlay=overlay, **recipe.get("model_kwargs", {}))
+        kwargs.update({"global_pool": recipe["gp"]} if "gp" in recipe else {})
         model = timm.create_model(f"{recipe['model']}.untrained", **kwargs).to(memory_format=torch.channels_last)
         works[path.stem] = run_of(model, torch.randn(128, *recipe["input_size"]), training=True, bfloat16=True)
         costs[path.stem] = measure_cost(f"{recipe['model']}.untrained", **kwargs)._asdict()
     yield dict(costs=costs), works
+
+
+def heads(args: Namespace) -> Groups:
+    """Networks that differ in their head, which has 200 classes."""
+    x = torch.randn(args.batch, 3, 224, 224)
+    for backbone in ("resnet50", "convnext_tiny"):
+        create = partial(timm.create_model, "second_order", backbone=backbone, num_classes=200)
+        yield dict(backbone=backbone), {pool: run_of(create(global_pool=pool), x, training=False) for pool in POOLS}
 
 
 def against(args: Namespace) -> Groups:
@@ -218,7 +224,7 @@ def against(args: Namespace) -> Groups:
             yield dict(what=what, repeats=repeats, bytes=memory), works
 
 
-MEASURES = {groups.__name__: groups for groups in (blocks, networks, pieces, growth, recipes)}
+MEASURES = {groups.__name__: groups for groups in (blocks, networks, pieces, growth, recipes, heads)}
 
 
 def show(row: Mapping[str, Any]) -> None:
@@ -249,7 +255,9 @@ def main() -> None:
         for what, works in groups(args):
             rows.append(dict(what, alternatives=timing.time_paired(works, args.rounds, what.get("repeats", 1))))
             show(rows[-1])
-    timing.write(dict(machine=timing.machine(args.device), batch=args.batch, rows=rows), args.json)
+    if args.json:
+        result = dict(machine=timing.machine(args.device), batch=args.batch, rows=rows)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -143,21 +143,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def set_up(float32_products: str = "highest") -> None:
-    """Prepare the process: seed, precision of products, and freed memory that stays with the process.
-
-    jemalloc and tcmalloc keep freed memory by default, glibc on request. Getting it back takes a varying time.
-    """
+    """Prepare the process: seed, precision of products, and freed memory that stays, as with jemalloc and tcmalloc."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision(float32_products)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for setting in (-1, -3) if mallopt else ():  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
         mallopt(setting, 2**31 - 1)
-
-
-def write(result: Mapping[str, Any], path: Path | None) -> None:
-    """Write figures as JSON, if there is a path to write them to."""
-    if path:
-        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 class Checkout:

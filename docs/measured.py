@@ -1,6 +1,6 @@
 """Tables and pictures of what benchmarks/results keeps: python docs/measured.py, from the repository's root.
 
-Writes the tables of docs/performance.md and docs/results.md, and docs/figures/growth.png and sqrt_accuracy.png.
+Writes the tables of docs/performance.md, results.md and backbones.md, and draws growth.png and sqrt_accuracy.png.
 """
 
 import json
@@ -11,7 +11,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import timm
+import torch
+
 from benchmarks import ROOT, table, update
+from timm_gsop.hub.operations import count_macs
 from timm_gsop.viz.figure import new_figure, save_figure
 from timm_gsop.viz.summary import read_summary
 
@@ -104,6 +108,37 @@ def pieces_table(*results: Mapping[str, Any]) -> str:
     return table(["of", "piece", "ms", 'ms, with `"medium"`'], lines)
 
 
+WHEN = {
+    "avg": "you want the reference",
+    "isqrt": "you want second-order statistics: start here",
+    "mpn": "you want the exact root; not for ONNX",
+    "bilinear": "you compare with bilinear CNNs",
+    "compact_bilinear": "the classifier must stay small",
+}
+
+
+def heads_table(result: Mapping[str, Any]) -> str:
+    """Heads with 200 classes: their features, size and operations, and inference relative to average pooling."""
+    columns: dict[str, list[list[str]]] = {pool: [] for pool in WHEN}
+    for row in result["rows"]:
+        for pool, timing in row["alternatives"].items():
+            with torch.device("meta"):
+                model = timm.create_model("second_order", backbone=row["backbone"], num_classes=200, global_pool=pool)
+                features = model.eval().forward_features(torch.empty(1, 3, 224, 224))
+            params = sum(p.numel() for part in (model.global_pool, model.fc) for p in part.parameters())
+            macs = count_macs(lambda head=model.forward_head, x=features: head(x))[""]
+            columns[pool].append(
+                [f"{model.head_hidden_size}", f"{params / 1e6:.2f}", f"{macs / 1e9:.3f}", f"{timing['ratio']:.2f}×"]
+            )
+    lines = [
+        [f'`"{pool}"`', WHEN[pool], *(" / ".join(pair) for pair in zip(*found, strict=True))]
+        for pool, found in columns.items()
+    ]
+    on = " / ".join(row["backbone"] for row in result["rows"])
+    what = ("features", "parameters (M)", "GMACs", "inference")
+    return table(["`global_pool`", "take it when", *(f"{name}, {on}" for name in what)], lines)
+
+
 def about(result: Mapping[str, Any]) -> str:
     """The machine."""
     machine = result["machine"]
@@ -148,7 +183,12 @@ def contents() -> dict[str, dict[str, str]]:
         "bfloat16": bfloat16_table(bfloat16, medium),
         "pieces": pieces_table(pieces, pieces_medium),
     }
-    return {"docs/performance.md": performance, "docs/results.md": {"table": fashion_mnist_table()}}
+    heads = load("performance/heads")
+    return {
+        "docs/performance.md": performance,
+        "docs/results.md": {"table": fashion_mnist_table()},
+        "docs/backbones.md": {"heads": heads_table(heads), "heads' machine": about(heads)},
+    }
 
 
 def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
