@@ -3,7 +3,7 @@
 # make test-lowest, test-latest   the same on the lowest versions that we support, and on the newest that there are
 # make dist         wheel and source archive in dist/, twice to see that they are the same, and the wheel tried alone
 # make fix          let ruff format and mend what it can
-# make figures      draw the figures of README and docs again
+# make figures      draw the figures of README and docs again, and their tables of what was measured
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -58,6 +58,7 @@ fix: $(VENV)/test.done
 
 figures: $(VENV)/demo.done
 	$(RUN) docs/figures/architecture.py
+	$(RUN) docs/measured.py
 
 # One environment, with as many extras as were asked for; made anew when the requirements change.
 $(VENV)/%.done: pyproject.toml

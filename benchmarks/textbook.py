@@ -1,22 +1,12 @@
-"""Second-order pooling as a textbook writes it, to compare with: the formulas, one after the other, with autograd."""
+"""Second-order pooling written from the papers' formulas, with PyTorch's layers and autograd, to compare ours with."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from timm_gsop.layers import ChannelGsop, IsqrtCovPool2d, MpnCovPool2d
-
-__all__ = [
-    "EighPool2d",
-    "TextbookChannelGsop",
-    "TextbookIsqrtCovPool2d",
-    "centring_covariance",
-    "exact_root",
-    "plain_newton_schulz",
-]
-
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Function = Callable[..., torch.Tensor]
 
 
 def centring_covariance(x: torch.Tensor) -> torch.Tensor:
@@ -28,8 +18,8 @@ def centring_covariance(x: torch.Tensor) -> torch.Tensor:
     return x.bmm(centring).bmm(x.transpose(1, 2))
 
 
-def plain_newton_schulz(cov: torch.Tensor, num_iters: int = 5, product: Product = torch.bmm) -> torch.Tensor:
-    """iSQRT-COV, equations 4 to 7, as they stand, with a product of matrices as given."""
+def plain_newton_schulz(cov: torch.Tensor, num_iters: int = 5, product: Function = torch.bmm) -> torch.Tensor:
+    """Newton–Schulz iteration as printed (iSQRT-COV, equations 4 to 7), with any matrix product."""
     trace = cov.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
     eye = torch.eye(cov.shape[1], dtype=cov.dtype, device=cov.device).expand_as(cov)
     y, z = cov / trace, eye
@@ -45,44 +35,40 @@ def exact_root(cov: torch.Tensor) -> torch.Tensor:
     return (eigenvectors * eigenvalues.clamp_min(0).sqrt()[:, None]) @ eigenvectors.mT
 
 
-class TextbookChannelGsop(ChannelGsop):
-    """The block with an explicit centring matrix, and every convolution as PyTorch's own."""
+def reduction(channels: int, dim: int) -> nn.Sequential:
+    """1×1 convolution, BN, ReLU."""
+    conv = nn.Conv2d(channels, dim, 1, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(dim), act=nn.ReLU()))
+
+
+class TextbookChannelGsop(nn.Module):
+    """Channel-wise GSoP (GSoP, Table 2 left), without the shortcut; its weights are named as ours."""
 
     def __init__(self, channels: int, cov_dim: int = 128) -> None:
-        super().__init__(channels, cov_dim)
-        self.excitation.expand_conv = nn.Conv2d(4 * cov_dim, channels, 1)
-        self.reduction.conv = nn.Conv2d(channels, cov_dim, 1, bias=False)
+        super().__init__()
+        self.reduction = reduction(channels, cov_dim)
+        self.excitation = nn.Sequential()
+        self.excitation.cov_bn = nn.BatchNorm2d(cov_dim)
         self.excitation.row_conv = nn.Conv2d(cov_dim, 4 * cov_dim, (cov_dim, 1), groups=cov_dim, bias=False)
+        self.excitation.row_conv_bn = nn.BatchNorm2d(4 * cov_dim)
+        self.excitation.act = nn.LeakyReLU(0.1)
+        self.excitation.expand_conv = nn.Conv2d(4 * cov_dim, channels, 1)
+        self.excitation.gate = nn.Sigmoid()
 
-    def squeeze(self, x: torch.Tensor) -> torch.Tensor:
-        """Covariance between the reduced channels."""
-        return centring_covariance(self.reduction(x))
-
-    def forward(self, x: torch.Tensor, shortcut: bool = False) -> torch.Tensor:
-        """Scale the channels, then add the shortcut."""
-        scaled = x * self.channel_weights(x)
-        return x + scaled if shortcut else scaled
-
-
-class TextbookIsqrtCovPool2d(IsqrtCovPool2d):
-    """The head with an explicit centring matrix, and autograd through the plain iteration."""
-
-    def __init__(self, in_features: int, dim: int = 256) -> None:
-        super().__init__(in_features, dim)
-        self.reduction.conv = nn.Conv2d(in_features, dim, 1, bias=False)
-
-    def squeeze(self, x: torch.Tensor) -> torch.Tensor:
-        """Covariance between the reduced channels."""
-        return centring_covariance(self.reduction(x))
-
-    def normalize(self, cov: torch.Tensor) -> torch.Tensor:
-        """Approximate square root."""
-        return plain_newton_schulz(cov, self.num_iters)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scale the channels of ``x``."""
+        return x * self.excitation(centring_covariance(self.reduction(x))[..., None])
 
 
-class EighPool2d(MpnCovPool2d):
-    """The head with an exact square root, and PyTorch's gradient of the eigen-decomposition."""
+class TextbookCovPool2d(nn.Module):
+    """Covariance pooling with any square root; its weights are named as ours."""
 
-    def normalize(self, cov: torch.Tensor) -> torch.Tensor:
-        """Exact square root."""
-        return exact_root(cov)
+    def __init__(self, in_features: int, dim: int, cov: Function = centring_covariance, root: Function | None = None):
+        super().__init__()
+        self.reduction, self.cov, self.root = reduction(in_features, dim), cov, root or plain_newton_schulz
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the root's upper triangle."""
+        root = self.root(self.cov(self.reduction(x)))
+        rows, columns = torch.triu_indices(*root.shape[1:], device=x.device)
+        return root[:, rows, columns]

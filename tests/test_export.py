@@ -112,8 +112,8 @@ def test_script_where_timm_promises_it():
 def test_int8_answers_as_float32_does():
     """The shipped Net1 on real test images: half of the stored ones set the ranges, the other half are classified."""
     pytest.importorskip("torchao")
-    from benchmarks.fashion_mnist import sample
     from examples.quantize_int8 import quantize
+    from tests.fashion_mnist import sample
 
     images, labels = sample()
     half = len(labels) // 2

@@ -1,20 +1,25 @@
-"""What is compared in benchmarks computes the same, and what they measure of memory is right."""
+"""What the benchmarks compare computes the same, what they measure is right, and docs show what was measured."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import performance
-from benchmarks.growth import exponent
-from benchmarks.page import update
-from benchmarks.paired import peak_bytes, saved_bytes, time_paired
-from benchmarks.textbook import EighPool2d, TextbookChannelGsop, TextbookIsqrtCovPool2d
+from benchmarks import speed, update
+from benchmarks.textbook import TextbookChannelGsop, TextbookCovPool2d, exact_root
+from benchmarks.timing import Checkout, peak_bytes, run_of, saved_bytes, time_paired
+from timm_gsop.hub.operations import count_macs, model_macs
 from timm_gsop.layers import ChannelGsop, IsqrtCovPool2d, MpnCovPool2d
 
+ROOT = Path(__file__).parents[1]
 PAIRS = {
     "block": (lambda: ChannelGsop(12, 8), lambda: TextbookChannelGsop(12, 8)),
-    "head": (lambda: IsqrtCovPool2d(12, 8), lambda: TextbookIsqrtCovPool2d(12, 8)),
-    "eigh": (lambda: MpnCovPool2d(12, 8), lambda: EighPool2d(12, 8)),
+    "head": (lambda: IsqrtCovPool2d(12, 8), lambda: TextbookCovPool2d(12, 8)),
+    "eigh": (lambda: MpnCovPool2d(12, 8), lambda: TextbookCovPool2d(12, 8, root=exact_root)),
 }
 MATRIX = 4 * 64**2 * 2  # bytes of two float32 matrices of 64²
 
@@ -32,7 +37,7 @@ def test_the_textbook_computes_the_same(pair):
 
 def test_the_head_keeps_less_than_half_of_the_textbooks_memory():
     x = torch.randn(2, 16, 8, 8, requires_grad=True)
-    assert saved_bytes(IsqrtCovPool2d(16, 64), x) < 0.5 * saved_bytes(TextbookIsqrtCovPool2d(16, 64), x)
+    assert saved_bytes(IsqrtCovPool2d(16, 64), x) < 0.5 * saved_bytes(TextbookCovPool2d(16, 64), x)
 
 
 def test_saved_memory_by_hand():
@@ -48,17 +53,70 @@ def test_peak_memory_by_hand():
     assert peak_bytes(lambda: [x.clone() is None for _ in range(3)]) == MATRIX
 
 
-def test_timings_are_relative_to_the_reference():
-    timings = time_paired({"a": lambda: sum(range(10_000)), "b": lambda: sum(range(200_000))}, "a", rounds=5)
-    assert timings["a"].ratio == timings["a"].low == timings["a"].high == 1
-    assert timings["b"].ratio > 2
+def test_timings_are_relative_to_the_first():
+    timings = time_paired({"a": lambda: sum(range(10_000)), "b": lambda: sum(range(200_000))}, rounds=5)
+    assert timings["a"]["ratio"] == timings["a"]["low"] == timings["a"]["high"] == 1
+    assert timings["b"]["ratio"] > 2
 
 
-def test_the_page_says_what_was_measured():
-    page = performance.PAGE.read_text()
-    assert update(page, performance.contents()) == page
-    assert all(text in page for text in performance.contents().values())
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_timed_leaves_no_gradients(training):
+    module, x = nn.Linear(3, 2), torch.randn(4, 3, requires_grad=training)
+    passes = []
+    module.register_full_backward_hook(lambda *_: passes.append("backward"))
+    module.register_forward_hook(lambda *_: passes.append("forward"))
+    work = run_of(module, x, training)
+    passes.clear()
+    work()
+    assert passes == ["forward", "backward"][: 1 + training]
+    assert x.grad is None
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_operations_by_hand():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 1, 3)).eval()
+    assert model_macs(model, (3, 6, 6)) == {"": 864 + 1152, "0": 864, "1": 0, "2": 1152}
+    assert count_macs(lambda: torch.ones(2, 3) @ torch.ones(3, 5))[""] == 30
+    assert model_macs(IsqrtCovPool2d(4, 8), (4, 2, 2))[""] == 4 * 8 * 4 + 8 * 8 * 4 + 12 * 8**3
+
+
+def test_another_checkout(tmp_path):
+    """Its package is the one that runs."""
+    (tmp_path / "timm_gsop").mkdir()
+    code = (
+        "from torch.nn import Linear\nclass Twice(Linear):\n    def forward(self, x): return super().forward(x.clone())"
+    )
+    (tmp_path / "timm_gsop/__init__.py").write_text(code)
+    other = Checkout(tmp_path)
+    assert other.ask("Twice", [64, 64], [64, 64], False, False, "cpu") >= 2 * MATRIX / 2
+    assert other.ask(3) == 0
+
+
+def test_a_folder_without_the_package_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no timm_gsop; accepted"):
+        Checkout(tmp_path)
+
+
+def test_the_command_that_measures(tmp_path, monkeypatch, capsys):
+    """On a small scale."""
+    for name, value in dict(STAGES=((16, 4), (24, 2)), HEAD=(16, 4), COV_DIM=8, HEAD_DIM=8).items():
+        monkeypatch.setattr(speed, name, value)
+    file = tmp_path / "pieces.json"
+    monkeypatch.setattr(sys, "argv", ["speed", "pieces", "--batch", "2", "--rounds", "2", "--json", str(file)])
+    speed.main()
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["part"] for row in rows] == ["four blocks", "four blocks", "head", "excitation"]
+    assert all(timing["seconds"] > 0 for row in rows for timing in row["alternatives"].values())
+    assert "square root" in capsys.readouterr().out
+
+
+def test_the_pages_say_what_was_measured():
+    for page, texts in runpy.run_path(str(ROOT / "docs/measured.py"))["contents"]().items():
+        text = (ROOT / page).read_text()
+        assert update(text, texts) == text
+        assert all(content in text for content in texts.values())
 
 
 def test_exponent_by_hand():
+    exponent = runpy.run_path(str(ROOT / "docs/measured.py"))["exponent"]
     assert exponent([1, 2, 4], [7.0, 3.0, 24.0]) == pytest.approx(3)

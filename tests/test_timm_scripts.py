@@ -21,7 +21,7 @@ import timm
 import torch
 from PIL import Image
 
-from benchmarks.fashion_mnist import sample
+from tests.fashion_mnist import sample
 from timm_gsop.viz.summary import read_summary
 
 ROOT = Path(__file__).parents[1]

@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 import yaml
 from huggingface_hub import ModelCardData
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from timm_gsop.hub.hub_folder import HubFolder
+from timm_gsop.hub.operations import model_macs
 from timm_gsop.viz.summary import read_summary
 
 __all__ = ["model_card"]
@@ -73,12 +71,13 @@ def model_card(folder: HubFolder, repo_id: str, figure: str | None = None, licen
     entrypoint = timm.model_entrypoint(architecture)
     what = (entrypoint.__doc__ or architecture).splitlines()[0]
     size = tuple(folder.model.pretrained_cfg["input_size"])
+    macs = model_macs(folder.model, size)[""]
     facts = {
         "Architecture": f"`{architecture}`: {what}",
         "Weights": provenance.get("description"),
         "Origin": provenance.get("origin_url"),
         "Parameters": f"{sum(p.numel() for p in folder.model.parameters()) / 1e6:.2f} M (measured)",
-        "Multiply-accumulates": f"{_macs(folder.model, size) / 1e9:.2f} G for one image of {_times(size)} (measured)",
+        "Multiply-accumulates": f"{macs / 1e9:.2f} G for one image of {_times(size)} (measured)",
         "Classes": folder.config["num_classes"],
         "Licence": license or "not stated",
     }
@@ -94,14 +93,6 @@ def model_card(folder: HubFolder, repo_id: str, figure: str | None = None, licen
         f"## Citation\n\n```bibtex\n{CITATIONS}\n```",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def _macs(model: nn.Module, size: tuple[int, ...]) -> int:
-    """Multiply-accumulates of one image, as PyTorch's ``FlopCounterMode`` counts them, two operations each."""
-    # With gradients: without, the square root takes two products of matrices fewer than the iteration as it is written.
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *size))
-    return counter.get_total_flops() // 2
 
 
 def _recipe(path: Path) -> list[str]:

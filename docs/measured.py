@@ -1,0 +1,206 @@
+"""Tables and pictures of what benchmarks/results keeps: python docs/measured.py, from the repository's root.
+
+Writes the tables of docs/performance.md and docs/results.md, and docs/figures/growth.png and sqrt_accuracy.png.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks import ROOT, table, update
+from timm_gsop.viz.figure import new_figure, save_figure
+from timm_gsop.viz.summary import read_summary
+
+RESULTS = ROOT / "benchmarks/results"
+PASSES = {False: "inference", True: "forward and backward"}
+LABELS = {"eigh": "`eigh`", "se": "SE", "cbam": "CBAM", "eca": "ECA", "gc": "GC"}
+AIMS = {
+    "inference": {"gsop_resnet50_net1": 1.06, "gsop_resnet50_net2": 1.11},
+    "training": {"gsop_resnet50_net1": 1.07, "gsop_resnet50_net2": 1.13},
+    "compiled": {"gsop_resnet50_net1": 1.05, "gsop_resnet50_net2": 1.10},
+}
+FASHION_MNIST = {
+    "preresnet20": "vanilla",
+    "preresnet20_stride1": "vanilla, no down-sampling in the last stage",
+    "preresnet20_se": "SE",
+    "preresnet20_isqrt": "iSQRT-COV",
+    "gsop_preresnet20_net1": "GSoP-Net1",
+    "gsop_preresnet20_net2": "GSoP-Net2",
+}
+
+
+def load(name: str) -> dict[str, Any]:
+    """Read figures that a command of benchmarks kept."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def ratio(timing: Mapping[str, float], digits: int = 2) -> str:
+    """Median, and quartiles."""
+    return f"{timing['ratio']:.{digits}f}× ({timing['low']:.{digits}f}–{timing['high']:.{digits}f})"
+
+
+def milliseconds(seconds: float, digits: int = 1) -> str:
+    """Of seconds."""
+    return f"{1e3 * seconds:.{digits}f}"
+
+
+def blocks_table(result: Mapping[str, Any], kind: str) -> str:
+    """Blocks or heads: time of ours, and of others relative to it."""
+    lines = []
+    rows = [row for row in result["rows"] if row["kind"] == kind]
+    for row in rows:
+        ours, *others = row["alternatives"].values()
+        what = [f"{row['channels']}×{row['size']}×{row['size']}", PASSES[row["training"]]]
+        line = [*what, milliseconds(row["floor"]), milliseconds(ours["seconds"]), *map(ratio, others), ""]
+        if row["training"]:
+            less = row["bytes"]["ours"] / row["bytes"]["textbook"]
+            line[-1] = f"{row['bytes']['ours'] / 1e6:.0f} MB, {less:.2f}× the textbook's"
+        lines.append(line)
+    names = [f"{LABELS.get(name, name)} / ours" for name in rows[0]["alternatives"] if name != "ours"]
+    return table(["map", "pass", "floor (ms)", "ours (ms)", *names, "kept for the gradient"], lines)
+
+
+def networks_table(result: Mapping[str, Any], blocks: Mapping[str, Any]) -> str:
+    """Networks: time and memory relative to the twin, beside arithmetic and the floors of their blocks and heads."""
+    lines = []
+    for row in (row for row in result["rows"] if row["way"] != "fused"):  # which the package no longer has
+        *stages, head = [other["floor"] for other in blocks["rows"] if other["training"] == ("training" in row["way"])]
+        least = dict(gsop_resnet50_net1=sum(stages), gsop_resnet50_net2=sum(stages[:3]) + head, isqrt_resnet50=head)
+        twin, twin_cost = row["alternatives"]["twin"], row["costs"]["twin"]
+        for name, timing in row["alternatives"].items():
+            cost, aim, memory = row["costs"][name], AIMS.get(row["way"], {}).get(name), ""
+            floor = f"{1 + least[name] / twin['seconds']:.3f}×" if name in least else ""
+            if count := row["bytes"].get(name):
+                extra = 4 * max(0, cost["params"] - twin_cost["params"])
+                relative = (count - extra) / row["bytes"]["twin"]
+                memory = f"{count / 1e6:.0f} MB, {relative:.3f}× without the extra parameters'"
+            figures = [milliseconds(timing["seconds"]), f"{cost['macs'] / twin_cost['macs']:.3f}×", floor]
+            lines.append([row["way"], name, *figures, ratio(timing, 3), f"≤ {aim:.2f}×" if aim else "", memory])
+    header = ["way", "network", "ms", "arithmetic / twin's", "floor / twin's", "time / twin's", "aim", "peak memory"]
+    return table(header, lines)
+
+
+def bfloat16_table(exact: Mapping[str, Any], rounded: Mapping[str, Any]) -> str:
+    """Time relative to the twin, with products in float32, and with their operands rounded to bfloat16."""
+    lines = [
+        [row["way"], name, milliseconds(timing["seconds"]), ratio(timing), ratio(other["alternatives"][name])]
+        for row, other in zip(exact["rows"], rounded["rows"], strict=True)
+        for name, timing in row["alternatives"].items()
+    ]
+    return table(["way", "network", "ms", "time / twin's", 'time / twin\'s, with `"medium"`'], lines)
+
+
+def pieces_table(*results: Mapping[str, Any]) -> str:
+    """Each piece by itself, summed over the stages; with float32 products, and with their operands rounded."""
+    sums: list[Counter[tuple[str, str]]] = [Counter() for _ in results]
+    for result, total in zip(results, sums, strict=True):
+        for row in result["rows"]:
+            total.update({(row["part"], name): timing["seconds"] for name, timing in row["alternatives"].items()})
+    lines = [[*key, *(milliseconds(total[key], 2) for total in sums)] for key in sums[0]]
+    return table(["of", "piece", "ms", 'ms, with `"medium"`'], lines)
+
+
+def about(result: Mapping[str, Any]) -> str:
+    """The machine."""
+    machine = result["machine"]
+    versions = f"Python {machine['python']}, torch {machine['torch']}, timm {machine['timm']}"
+    device = f"{machine['device']}, {machine['threads']} threads, {machine['capability']}"
+    return f"{device}; {versions}; batch {result['batch']}."
+
+
+def fashion_mnist_runs() -> dict[str, dict[int, float]]:
+    """Top-1 (%) of each recipe's runs by their seeds: the last epoch's, so that no test image chose it."""
+    found: dict[str, dict[int, float]] = {}
+    for recipe in FASHION_MNIST:
+        paths = {int(path.stem.rpartition("-")[2]): path for path in RESULTS.glob(f"fashion_mnist/{recipe}-*.csv")}
+        found[recipe] = {seed: read_summary(paths[seed])["eval_top1"][-1] for seed in sorted(paths)}
+    return found
+
+
+def fashion_mnist_table() -> str:
+    """Every run, mean and spread."""
+    (steps,) = load("fashion_mnist/step_times")["rows"]
+    columns = ["network", "parameters (M)", "MMACs", "training step", "top-1 (%) of each seed", "mean", "spread"]
+    lines = []
+    for recipe, runs in fashion_mnist_runs().items():
+        cost, top1 = steps["costs"][recipe], list(runs.values())
+        link = f"[{FASHION_MNIST[recipe]}](../train_configs/fashion_mnist/{recipe}.yaml)"
+        price = [f"{cost['params'] / 1e6:.3f}", f"{cost['macs'] / 1e6:.1f}"]
+        step = f"{steps['alternatives'][recipe]['ratio']:.1f}×"
+        each = ", ".join(f"{value:.2f}" for value in top1)
+        lines.append([link, *price, step, each, f"{mean(top1):.2f}", f"{max(top1) - min(top1):.2f}"])
+    return table(columns, lines)
+
+
+def contents() -> dict[str, dict[str, str]]:
+    """What the pages show, by the names of their markers."""
+    files = ("blocks", "networks", "networks_bfloat16", "networks_bfloat16_medium", "pieces", "pieces_medium")
+    blocks, networks, bfloat16, medium, pieces, pieces_medium = (load(f"performance/{name}") for name in files)
+    performance = {
+        "blocks": f"{blocks_table(blocks, 'block')}\n\n{blocks_table(blocks, 'head')}",
+        "blocks' machine": about(blocks),
+        "models": networks_table(networks, blocks),
+        "models' machine": about(networks),
+        "bfloat16": bfloat16_table(bfloat16, medium),
+        "pieces": pieces_table(pieces, pieces_medium),
+    }
+    return {"docs/performance.md": performance, "docs/results.md": {"table": fashion_mnist_table()}}
+
+
+def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
+    """Slope between the two largest values, both axes logarithmic: the term that grows fastest shows most there."""
+    return math.log(costs[-1] / costs[-2]) / math.log(values[-1] / values[-2])
+
+
+def draw_growth(result: Mapping[str, Any], path: Path) -> None:
+    """A panel for each quantity: curves, and dashed, multiply-accumulates at the speed of the largest value."""
+    panels = list(dict.fromkeys(row["by"] for row in result["rows"]))
+    figure = new_figure(16, 4)
+    axes = dict(zip(panels, figure.subplots(1, len(panels)), strict=True))
+    for row in result["rows"]:
+        values, macs = [int(value) for value in row["macs"]], list(row["macs"].values())
+        times = [1e3 * timing["seconds"] for timing in row["alternatives"].values()]
+        label = f"{row['of']}: {exponent(values, times):.1f}, predicted {exponent(values, macs):.1f}"
+        axis = axes[row["by"]]
+        (line,) = axis.plot(values, times, "o-", label=label)
+        axis.plot(values, [times[-1] * m / macs[-1] for m in macs], "--", color=line.get_color(), alpha=0.5)
+        axis.set(xscale="log", yscale="log", xlabel=row["by"], ylabel="inference (ms)")
+        axis.set_xticks(values, [str(value) for value in values], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    save_figure(figure, path, dpi=100)
+
+
+def draw_sqrt_accuracy(result: Mapping[str, Any], path: Path) -> None:
+    """Both errors of the square root against the condition number."""
+    figure = new_figure(12, 4.5)
+    left, right = figure.subplots(1, 2)
+    for n, errors in result["truncation"].items():
+        left.plot(result["conditions"], errors, "o-", label=f"{n} iterations")
+    left.set(title="truncation: to the exact root", ylim=(1e-8, 2))
+    for style, (name, errors_by_n) in zip(("-", "--", ":"), result["rounding"].items(), strict=True):
+        for n, color in zip(("3", "5", "10", "15"), ("C1", "C2", "C4", "C5"), strict=True):
+            right.plot(result["conditions"], errors_by_n[n], style, color=color, label=f"{name}, {n} iterations")
+    right.set(title="rounding: to the same iterations in float64", ylim=(1e-8, 2))
+    for axis in (left, right):
+        axis.set(xscale="log", yscale="log", xlabel="condition number", ylabel="relative error")
+        axis.legend(fontsize=7, ncol=3, loc="lower right")
+        axis.grid(alpha=0.3)
+    save_figure(figure, path, dpi=100)
+
+
+def main() -> None:
+    """Write the tables into the pages, and draw the pictures."""
+    for page, texts in contents().items():
+        (ROOT / page).write_text(update((ROOT / page).read_text(encoding="utf-8"), texts), encoding="utf-8")
+    draw_growth(load("performance/growth"), ROOT / "docs/figures/growth.png")
+    draw_sqrt_accuracy(load("performance/sqrt_accuracy"), ROOT / "docs/figures/sqrt_accuracy.png")
+
+
+if __name__ == "__main__":
+    main()
