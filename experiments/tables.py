@@ -1,0 +1,111 @@
+"""Tables of the runs that have finished: python -m experiments.tables, for docs/results.md.
+
+``--csv FILE`` writes every run in the format of timm's results. A run that has not finished is in neither.
+"""
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import timm
+import yaml
+
+import timm_gsop  # noqa: F401  # registers the networks
+from experiments.plan import PLAN, RESULTS, Run, load_plan, top1
+from experiments.run import network
+from timm_gsop.viz.summary import read_summary
+
+COLUMNS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
+
+
+def parameters(run: Run) -> float:
+    """Millions of parameters of a run's network."""
+    settings = run.settings
+    kwargs: dict[str, Any] = dict(settings.get("model_kwargs", {}), num_classes=settings["num_classes"])
+    if "gp" in settings:
+        kwargs["global_pool"] = settings["gp"]
+    name = settings["model"]
+    model = timm.create_model(name if name == "second_order" else f"{name}.untrained", **kwargs)
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def table(runs: Sequence[Run], references: Sequence[str], results: Path = RESULTS) -> list[str]:
+    """A group of the plan as a table in Markdown: accuracy by seed, mean, spread, differences to other rows.
+
+    Args:
+        runs: Those of the group.
+        references: Rows from which differences are taken, seed by seed.
+        results: Folder of the finished runs.
+    """
+    rows: dict[str, dict[int, float]] = {}
+    first: dict[str, Run] = {}
+    planned: dict[str, int] = {}
+    for run in runs:
+        planned[run.row] = planned.get(run.row, 0) + 1
+        first.setdefault(run.row, run)
+        if (accuracy := top1(run, results)) is not None:
+            rows.setdefault(run.row, {})[run.seed] = accuracy
+    speeds = {run.row: run.seconds for run in first.values()}
+    unit = speeds.get(references[0]) if references else None
+    heads = ["row", "recipe", "epochs", "parameters (M)", "epoch, relative", "top-1 (%) of each seed", "mean", "spread"]
+    lines = [heads + [f"minus {name}, each seed" for name in references]]
+    for row, found in rows.items():
+        run = first[row]
+        values = list(found.values())
+        seeds = ", ".join(f"{value:.2f}" for value in values)
+        missing = planned[row] - len(values)
+        cells = [row, f"[file](../train_configs/{run.recipe}.yaml)", str(run.epochs), f"{parameters(run):.3f}"]
+        cells += [f"{run.seconds / unit:.1f}×" if unit else "", seeds + (f" ({missing} to come)" if missing else "")]
+        cells += [f"{mean(values):.2f}", f"{max(values) - min(values):.2f}" if len(values) > 1 else "–"]
+        for name in references:
+            pairs = [found[seed] - rows[name][seed] for seed in found if seed in rows.get(name, {})]
+            cells.append(", ".join(f"{pair:+.2f}" for pair in pairs) if name != row else "")
+        lines.append(cells)
+    lines.insert(1, ["---"] * len(lines[0]))
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def timm_rows(runs: Sequence[Run], results: Path = RESULTS) -> list[dict[str, str]]:
+    """Finished runs in the format of timm's results; ``model`` is group, row and seed."""
+    rows, counts = [], {}
+    for run in runs:
+        if top1(run, results) is None:
+            continue
+        key = network(run)
+        if key not in counts:
+            counts[key] = parameters(run)
+        summary, settings = read_summary(results / f"{run.name}.csv"), run.settings
+        best1, best5 = summary["eval_top1"][-1], summary["eval_top5"][-1]
+        figures = (best1, 100 - best1, best5, 100 - best5)
+        row = [run.name, settings["input_size"][-1], *[f"{figure:.3f}" for figure in figures], f"{counts[key]:.3f}"]
+        values = [*row, f"{settings['crop_pct']:.3f}", settings["interpolation"]]
+        rows.append(dict(zip(COLUMNS, map(str, values), strict=True)))
+    return sorted(rows, key=lambda row: -float(row["top1"]))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, default=PLAN)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--csv", type=Path, help="all finished runs, in the format of timm's results")
+    args = parser.parse_args(argv)
+    runs = load_plan(args.plan)
+    for name, group in yaml.safe_load(args.plan.read_text())["groups"].items():
+        lines = table([run for run in runs if run.group == name], group.get("references", ()), args.results)
+        if len(lines) > 2:
+            print(f"**{group['what']}**\n\n" + "\n".join(lines) + "\n")
+    if args.csv:
+        partial = args.csv.with_name(f"{args.csv.name}.partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(timm_rows(runs, args.results))
+        partial.replace(args.csv)
+
+
+if __name__ == "__main__":
+    main()
