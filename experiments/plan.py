@@ -16,18 +16,6 @@ PLAN, RESULTS, MEASURED = FOLDER / "plan.yaml", FOLDER / "results", FOLDER / "me
 CONFIGS = FOLDER.parent / "train_configs"
 ROW_KEYS = {"recipe", "epochs", "seeds", "seconds", "options", "same_time_as"}
 GROUP_KEYS = ROW_KEYS - {"same_time_as"} | {"what", "rows", "milestones", "lrs", "lr_from", "references"}
-    "what",
-    "recipe",
-    "rows",
-    "epochs",
-    "seeds",
-    "seconds",
-    "options",
-    "milestones",
-    "lrs",
-    "lr_from",
-    "references",
-}
 
 
 @dataclass(frozen=True)
@@ -115,7 +103,9 @@ def _runs(name: str, group: dict[str, Any], times: dict[str, Any], groups: dict[
             }
             lr_from: tuple[Run, ...] = ()
             if "lr_from" in group:
-                lr_from = tuple(run for run in groups[group["lr_from"]] if run.row.rpartition("_lr")[0] == row_name)
+                lr_from = tuple(
+                    run for run in groups.get(group["lr_from"], []) if run.row.rpartition("_lr")[0] == row_name
+                )
                 if not lr_from:
                     raise ValueError(f"lr_from={group['lr_from']!r} has no runs for {name}/{row_name}.")
             common = (seed, row["recipe"], epochs, row["seconds"])

@@ -113,7 +113,8 @@ def start(run: Run, folders: Folders, device: str, threads: int) -> Job | None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         line = command(run, folders, device)
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
+        # Safe path: beside train.py there may be timm's sources, which are not the version that is installed.
+        env = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": str(threads)}
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(["nice", "-n", "10", *line], stdout=log, stderr=log, env=env, pass_fds=[lock])
     except BlockingIOError:

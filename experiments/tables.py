@@ -5,7 +5,9 @@
 
 import argparse
 import csv
-from collections.abc import Sequence
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,7 +16,7 @@ import timm
 import yaml
 
 import timm_gsop  # noqa: F401  # registers the networks
-from experiments.plan import PLAN, RESULTS, Run, load_plan, top1
+from experiments.plan import MEASURED, PLAN, RESULTS, Run, load_plan, top1
 from experiments.run import network
 from timm_gsop.viz.summary import read_summary
 
@@ -32,39 +34,44 @@ def parameters(run: Run) -> float:
     return sum(p.numel() for p in model.parameters()) / 1e6
 
 
-def table(runs: Sequence[Run], references: Sequence[str], results: Path = RESULTS) -> list[str]:
+def table(
+    runs: Sequence[Run],
+    references: Sequence[str] = (),
+    results: Path = RESULTS,
+    speeds: Mapping[str, Mapping[str, float]] | None = None,
+) -> list[str]:
     """A group of the plan as a table in Markdown: accuracy by seed, mean, spread, differences to other rows.
 
     Args:
         runs: Those of the group.
-        references: Rows from which differences are taken, seed by seed.
+        references: Rows from which differences are taken, seed by seed; times are relative to the first.
         results: Folder of the finished runs.
+        speeds: Images a second in training and in test by row, as ``--measure`` found.
     """
+    speeds = speeds or {}
     rows: dict[str, dict[int, float]] = {}
     first: dict[str, Run] = {}
-    planned: dict[str, int] = {}
+    planned = Counter(run.row for run in runs)
     for run in runs:
-        planned[run.row] = planned.get(run.row, 0) + 1
         first.setdefault(run.row, run)
         if (accuracy := top1(run, results)) is not None:
             rows.setdefault(run.row, {})[run.seed] = accuracy
-    speeds = {run.row: run.seconds for run in first.values()}
-    unit = speeds.get(references[0]) if references else None
-    heads = ["row", "recipe", "epochs", "parameters (M)", "epoch, relative", "top-1 (%) of each seed", "mean", "spread"]
-    lines = [heads + [f"minus {name}, each seed" for name in references]]
+    heads = ["row", "recipe", "epochs", "parameters (M)", "training", "inference", "top-1 (%) of each seed"]
+    lines = [[*heads, "mean", "spread", *[f"minus {name}, each seed" for name in references]]]
+    lines.append(["---"] * len(lines[0]))
     for row, found in rows.items():
-        run = first[row]
-        values = list(found.values())
+        run, values = first[row], list(found.values())
         seeds = ", ".join(f"{value:.2f}" for value in values)
-        missing = planned[row] - len(values)
+        if missing := planned[row] - len(values):
+            seeds += f" ({missing} to come)"
         cells = [row, f"[file](../train_configs/{run.recipe}.yaml)", str(run.epochs), f"{parameters(run):.3f}"]
-        cells += [f"{run.seconds / unit:.1f}×" if unit else "", seeds + (f" ({missing} to come)" if missing else "")]
-        cells += [f"{mean(values):.2f}", f"{max(values) - min(values):.2f}" if len(values) > 1 else "–"]
+        own, unit = (speeds.get(f"{run.group}/{name}") for name in (row, references[0] if references else row))
+        cells += [f"{unit[kind] / own[kind]:.1f}×" if own and unit else "–" for kind in ("train", "test")]
+        cells += [seeds, f"{mean(values):.2f}", f"{max(values) - min(values):.2f}" if len(values) > 1 else "–"]
         for name in references:
-            pairs = [found[seed] - rows[name][seed] for seed in found if seed in rows.get(name, {})]
-            cells.append(", ".join(f"{pair:+.2f}" for pair in pairs) if name != row else "")
+            pairs = [found[seed] - rows[name][seed] for seed in found if seed in rows.get(name, {}) and name != row]
+            cells.append(", ".join(f"{pair:+.2f}" for pair in pairs) or "–")
         lines.append(cells)
-    lines.insert(1, ["---"] * len(lines[0]))
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
@@ -94,8 +101,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--csv", type=Path, help="all finished runs, in the format of timm's results")
     args = parser.parse_args(argv)
     runs = load_plan(args.plan)
+    measured = args.plan.with_name(MEASURED.name)
+    speeds = json.loads(measured.read_text()) if measured.exists() else {}
     for name, group in yaml.safe_load(args.plan.read_text())["groups"].items():
-        lines = table([run for run in runs if run.group == name], group.get("references", ()), args.results)
+        lines = table([run for run in runs if run.group == name], group.get("references", ()), args.results, speeds)
         if len(lines) > 2:
             print(f"**{group['what']}**\n\n" + "\n".join(lines) + "\n")
     if args.csv:

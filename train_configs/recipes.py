@@ -328,7 +328,8 @@ def cifar10() -> dict[str, Run]:
     transfer: Settings = dict(
         device_modules=["timm_gsop"],
         model="second_order",
-        model_kwargs=dict(backbone="tf_efficientnet_lite0", global_pool="isqrt", isqrt_dim=128),
+        model_kwargs=dict(backbone="tf_efficientnet_lite0", isqrt_dim=128),
+        gp="isqrt",
         pretrained=True,
         num_classes=10,
         input_size=[3, 96, 96],
@@ -469,7 +470,8 @@ def fine_grained() -> dict[str, Run]:
         **dict(opt="adamw", weight_decay=0.05, batch_size=32, lr=5e-4, epochs=50, sched="cosine", warmup_epochs=5),
         **dict(warmup_lr=1e-6, min_lr=1e-6, amp=True, amp_dtype="bfloat16", channels_last=True),
         **head,
-        "model_kwargs": dict(backbone="convnext_tiny.in12k_ft_in1k", global_pool="isqrt", isqrt_dim=128),
+        "gp": "isqrt",
+        "model_kwargs": dict(backbone="convnext_tiny.in12k_ft_in1k", isqrt_dim=128),
     }
     networks = {
         "isqrt_resnet50": ("iSQRT-COV on ResNet-50", released),
