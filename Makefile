@@ -3,6 +3,7 @@
 # make test-lowest, test-latest   the same on the lowest versions that we support, and on the newest that there are
 # make dist         wheel and source archive in dist/, twice to see that they are the same, and the wheel tried alone
 # make fix          let ruff format and mend what it can
+# make docs         the documentation site in build/docs, warnings are errors; make docs-serve shows it on 127.0.0.1:8000
 # make figures      draw the figures of README and docs again, and their tables of what was measured
 
 PYTHON ?= python3
@@ -56,8 +57,16 @@ fix: $(VENV)/test.done
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 
+docs: $(VENV)/docs.done
+	$(RUN) -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "wrote build/docs/index.html"
+
+docs-serve: docs
+	$(RUN) -m http.server --bind 127.0.0.1 --directory build/docs 8000
+
 figures: $(VENV)/demo.done
 	$(RUN) docs/figures/architecture.py
+	$(RUN) docs/figures/ankle_boot.py
 	$(RUN) docs/measured.py
 
 # One environment, with as many extras as were asked for; made anew when the requirements change.
@@ -68,6 +77,6 @@ $(VENV)/%.done: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-latest .cache dist output
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-latest .cache build dist output
 
-.PHONY: quickstart test test-full test-lowest test-latest dist lint fix figures clean
+.PHONY: quickstart test test-full test-lowest test-latest dist lint fix docs docs-serve figures clean

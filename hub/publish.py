@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from timm_gsop.hub.publishing import publish, stage
+from timm_gsop.pretrained.digests import HUB_ORGANISATION
 
 FIGURE = Path(__file__).parents[1] / "docs/figures/architecture.png"
 
@@ -22,11 +23,14 @@ def main() -> None:
     try:
         if args.dry_run:
             upload = args.dir.with_name(f"{args.dir.name}-upload")
-            stage(args.dir, args.repo, upload, FIGURE, args.license)
+            stage(args.dir, args.repo, upload, FIGURE, args.license, replace=True)
             print(f"wrote {upload}: what would be uploaded to {args.repo}")
         else:
             options = dict(private=args.private, revision=args.revision, create_pr=args.create_pr)
-            print(f"published: {publish(args.dir, args.repo, FIGURE, args.license, **options)}")
+            published = publish(args.dir, args.repo, FIGURE, args.license, **options)
+            print(f"published: {published.url}")
+            if args.repo.partition("/")[0] == HUB_ORGANISATION and published.sums_line:
+                print(f"for timm_gsop/pretrained/SHA256SUMS (see hub/README.md):\n{published.sums_line}")
     except (OSError, RuntimeError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models import adapt_input_conv, load_state_dict
 
-from timm_gsop.pretrained.locate import SHIPPED
+from timm_gsop.pretrained.digests import SHIPPED, record_shipped
 
 SAMPLE = Path(__file__).parents[1] / "tests/data/fashion_mnist_test.npz"
 
@@ -35,6 +35,8 @@ def main() -> None:
     images = torch.tensor(np.load(args.sample)["images"], dtype=torch.float32).div(255)[:, None]
     save_file(model.state_dict(), args.folder / f"{args.name}.safetensors")
     save_file({"logits": model((images - mean) / std)}, args.folder / f"{args.name}.golden.safetensors")
+    if args.folder == SHIPPED:
+        record_shipped(SHIPPED / f"{args.name}.safetensors")
     print(f"wrote {args.name}.safetensors and {args.name}.golden.safetensors into {args.folder}")
 
 

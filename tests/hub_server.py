@@ -22,6 +22,7 @@ class HubServer(ThreadingHTTPServer):
         faults: ``(pattern of "METHOD /path", what to do, how often)``: answer an HTTP status, ``"cut"`` the connection
             half-way, or ``"corrupt"`` what is sent.
         files: Other addresses, such as an origin's, and their content.
+        gated: Repositories whose conditions nobody has accepted.
     """
 
     daemon_threads = True
@@ -34,6 +35,7 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.faults: list[tuple[str, int | str, int]] = []
         self.files: dict[str, bytes] = {}
+        self.gated: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -64,6 +66,10 @@ class HubServer(ThreadingHTTPServer):
         digest = hashlib.sha256(content).hexdigest()
         (self.folder / digest).write_bytes(content)
         return digest
+
+    def new_branch(self) -> dict[str, str]:
+        """What the Hub puts into a repository that is created."""
+        return {".gitattributes": self.keep(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that hang up are no fault of the server's."""
@@ -129,6 +135,9 @@ class Handler(BaseHTTPRequestHandler):
         if repo not in self.server.repos or (self.server.private[repo] and not self.authorized()):
             self.refuse(401, "RepoNotFound", "Repository not found")  # as the Hub does, so as not to tell
             return None
+        if repo in self.server.gated:
+            self.refuse(403, "GatedRepo", f"Access to model {repo} is restricted")
+            return None
         for name, files in self.server.repos[repo].items():
             if revision in (name, commit_of(files)):
                 return files
@@ -141,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         answer = {"url": f"{self.server.url}/{repo}", "id": "1"}
         if repo in self.server.repos:
             return self.reply(409, {**answer, "error": "You already created this model repo"})
-        self.server.repos[repo] = {"main": {}}
+        self.server.repos[repo] = {"main": self.server.new_branch()}
         self.server.private[repo] = asked.get("visibility") == "private"
         self.reply(200, answer)
 
@@ -199,6 +208,11 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in files]
             self.reply(200, {"id": repo, "sha": commit_of(files), "private": False, "tags": [], "siblings": siblings})
 
+    def tree(self, body: bytes, repo: str, revision: str) -> None:
+        if (files := self.branch(repo, revision)) is not None:
+            sizes = {name: (self.server.folder / digest).stat().st_size for name, digest in files.items()}
+            self.reply(200, [{"type": "file", "path": name, "size": sizes[name], "oid": files[name]} for name in files])
+
     def resolve(self, body: bytes, repo: str, revision: str, name: str) -> None:
         files = self.branch(repo, revision)
         if files is None:
@@ -234,6 +248,7 @@ ROUTES = [
     (f"POST /api/models/{REPO}/commit/(?P<revision>.+)", Handler.commit),
     (f"GET /api/models/{REPO}", Handler.model_info),
     (f"GET /api/models/{REPO}/revision/(?P<revision>.+)", Handler.model_info),
+    (f"GET /api/models/{REPO}/tree/(?P<revision>[^/]+)", Handler.tree),
     (f"(?:GET|HEAD) /{REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", Handler.resolve),
     ("(?:GET|HEAD) /cdn/(?P<oid>[0-9a-f]+)", Handler.cdn),
     ("POST /api/validate-yaml", Handler.validate_yaml),

@@ -1,5 +1,6 @@
 """Conversion and neutral start, on narrow networks with random weights."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import yaml
+from timm.models import save_for_hf
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
@@ -168,6 +171,127 @@ def test_a_changed_stride_is_said(tmp_path, caplog):
     assert "The function changes" not in caplog.text
 
 
+def trained(tmp_path: Path, name: str, model: nn.Module, **args) -> Path:
+    """A run's folder, as train.py leaves it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save(dict(epoch=3, arch=name, state_dict=model.state_dict(), metric=71.0), run / "model_best.pth.tar")
+    if args:
+        nothing = dict.fromkeys(
+            ("input_size", "img_size", "mean", "std", "interpolation", "crop_pct", "in_chans", "gp")
+        )
+        (run / "args.yaml").write_text(yaml.safe_dump({**nothing, "model": name, "model_kwargs": {}, **args}))
+    return run / "model_best.pth.tar"
+
+
+def test_a_checkpoint_of_train_py_keeps_its_network_and_preprocessing(tmp_path, caplog):
+    """They are in args.yaml beside it; nothing is said, for nothing changes."""
+    kwargs = dict(channels=[16, 32, 64, 128], cov_dim=8, isqrt_dim=6)
+    model = timm.create_model("gsop_resnet26_net2", num_classes=7, in_chans=1, global_pool="mpn", **kwargs)
+    args = dict(input_size=[1, 48, 40], mean=[0.25], std=[0.5], crop_pct=1.0, model_kwargs=kwargs, gp="mpn")
+    path = trained(tmp_path, "gsop_resnet26_net2", randomize(model).eval(), **args)
+    convert("timm", str(path), tmp_path / "out")
+    assert not caplog.text
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    x = torch.randn(2, 1, 48, 40)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    config = timm.data.resolve_model_data_config(loaded)
+    expected = dict(input_size=(1, 48, 40), mean=(0.25,), std=(0.5,), crop_pct=1.0)
+    assert {
+        key: tuple(config[key]) if isinstance(expected[key], tuple) else config[key] for key in expected
+    } == expected
+    # What train.py took from the configuration of the name.
+    assert config["interpolation"] == timm.get_pretrained_cfg("gsop_resnet26_net2").interpolation
+    text = (tmp_path / "out/config.json").read_text()
+    assert "provenance" not in text
+    assert "license" not in text
+
+
+def test_a_checkpoint_without_args_yaml(tmp_path, caplog):
+    model = timm.create_model("gsop_preresnet20_net1", num_classes=3, in_chans=1).eval()
+    path = str(trained(tmp_path, "gsop_preresnet20_net1", model))
+    with pytest.raises(ValueError, match=r"model_name=None .* or a file of train.py's with its args.yaml beside it"):
+        convert("timm", path, tmp_path / "out")
+    convert("timm", path, tmp_path / "a", "gsop_preresnet20_net1")
+    said = (
+        r"No args.yaml is beside .*: its preprocessing is taken to be the default of gsop_preresnet20_net1, input_size"
+    )
+    assert re.search(said, caplog.text)
+    caplog.clear()
+    given = dict(input_size=(1, 28, 28), mean=(0.5,), std=(0.25,))
+    convert("timm", path, tmp_path / "b", "gsop_preresnet20_net1", data_config=given)
+    assert not caplog.text
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(loaded)
+    assert {key: tuple(config[key]) for key in given} == given
+    x = torch.randn(2, 1, 28, 28)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["isqrt_resnet50", "gsop_resnet50_net1"])
+def test_a_network_of_ours_has_no_other_stride(name, tmp_path, caplog):
+    model = timm.create_model(name, num_classes=7, cov_dim=8, isqrt_dim=6, **NARROW).eval()
+    kwargs = dict(NARROW, cov_dim=8, isqrt_dim=6)
+    convert("timm", str(trained(tmp_path, name, model)), tmp_path / "out", name, kwargs)
+    assert "The function changes" not in caplog.text
+    x = image()
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+def test_a_resnet_that_train_py_trained_gets_blocks(tmp_path, caplog):
+    """args.yaml is of another network than the one to make."""
+    kwargs = dict(channels=[16, 32, 64, 128], output_stride=16)
+    args = dict(model_kwargs=kwargs, img_size=96)
+    path = trained(tmp_path, "resnet50", vanilla_resnet(output_stride=16), **args)
+    convert("timm", str(path), tmp_path / "out", "gsop_resnet50_net1", dict(kwargs, cov_dim=8))
+    assert not caplog.text
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert timm.data.resolve_model_data_config(loaded)["input_size"] == (3, 96, 96)
+    provenance = json.loads((tmp_path / "out/config.json").read_text())["provenance"]
+    assert "Built upon a resnet50 trained with timm's train.py, model_best.pth.tar" in provenance["description"]
+
+
+@pytest.mark.parametrize("name", ["gsop_resnet50_net1", "resnet50"])
+def test_a_folder_of_timms_saver(name, tmp_path):
+    """A pickle in it is left behind; labels and preprocessing stay."""
+    kwargs = dict(cov_dim=8, last_stride=2) if name != "resnet50" else {}
+    model = randomize(timm.create_model(name, num_classes=7, **NARROW, **kwargs)).eval()
+    labels, data = dict(label_names=list("abcdefg")), dict(input_size=(3, 64, 64), mean=(0.1, 0.2, 0.3))
+    save_for_hf(model, tmp_path / "saved", model_config=labels, data_config=data, safe_serialization="both")
+    given = dict(NARROW, cov_dim=8, last_stride=2) if name == "resnet50" else None
+    convert("timm", str(tmp_path / "saved"), tmp_path / "out", "gsop_resnet50_net1" if given else None, given)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert_same_function(loaded, model)
+    assert loaded.pretrained_cfg["label_names"] == list("abcdefg")
+    assert timm.data.resolve_model_data_config(loaded)["mean"] == [0.1, 0.2, 0.3]
+    with pytest.raises(ValueError, match="does not load; accepted: a folder that timm's save_for_hf wrote"):
+        convert("timm", str(tmp_path), tmp_path / "none", "gsop_resnet50_net1")
+
+
+def test_a_resnet_lacks_covariance_pooling(tmp_path):
+    torch.save(vanilla_resnet().state_dict(), tmp_path / "resnet50.pth")
+    message = (
+        r"has no covariance pooling \(global_pool.reduction.conv.weight is missing\), which gsop_resnet50_net2 ends "
+        "with; accepted: model_name='gsop_resnet50_net1', or global_pool='avg'"
+    )
+    with pytest.raises(ValueError, match=message):
+        convert("timm", str(tmp_path / "resnet50.pth"), tmp_path / "a", "gsop_resnet50_net2", NARROW)
+    given = dict(NARROW, global_pool="avg", last_stride=2)
+    convert("timm", str(tmp_path / "resnet50.pth"), tmp_path / "b", "gsop_resnet50_net2", given)
+    with pytest.raises(ValueError, match="model_name='resnet50' is none of timm-gsop's"):
+        convert("timm", str(tmp_path / "resnet50.pth"), tmp_path / "c", "resnet50")
+
+
+def test_convert_densenet(tmp_path):
+    small = dict(growth_rate=8, block_config=(2, 2, 2, 2))
+    original = randomize(timm.create_model("densenet121", num_classes=5, **small)).eval()
+    torch.save(original.state_dict(), tmp_path / "densenet.pth")
+    convert("timm", str(tmp_path / "densenet.pth"), tmp_path / "out", "gsop_densenet121_net1", dict(small, cov_dim=4))
+    assert_same_function(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True), original)
+
+
 @pytest.mark.parametrize("avg_down", [False, True])
 @pytest.mark.parametrize("pool", ["avg", "max", "catavgmax"])
 def test_neutral_start_with_other_shortcuts_and_pools(avg_down, pool):
@@ -245,8 +369,6 @@ def test_what_cannot_start_neutral_is_named(gsop_type):
 
 
 def test_config_has_label_names_and_loads_with_num_classes_once(tmp_path):
-    import json
-
     torch.save(in_their_names(isqrt_resnet(num_classes=1000)), tmp_path / "checkpoint.pth")
     convert("fast-mpn-cov", str(tmp_path / "checkpoint.pth"), tmp_path / "out", model_kwargs=NARROW)
     config = json.loads((tmp_path / "out/config.json").read_text())

@@ -3,20 +3,26 @@
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 
 from tests.hub_server import TOKEN, HubServer
-from tests.test_conversion import NARROW, in_their_names, isqrt_resnet, randomize
+from tests.test_conversion import NARROW, in_their_names, isqrt_resnet, randomize, vanilla_resnet
+from tests.test_zoo import SMALL_BASES
 from timm_gsop.hub.hub_folder import save_hub_folder
 
 ROOT = Path(__file__).parents[1]
-REPO = "timm-gsop/gsop_resnet50_net2.isqrt_in1k"  # where the bare name looks
+REPO = "timm-gsop/gsop_resnet50_net2.isqrt_in1k"  # where the bare name looks, once it is published
+ON_THE_HUB = {".gitattributes", "README.md", "architecture.png", "config.json", "model.safetensors"}
 SMALL = dict(NARROW, cov_dim=8, isqrt_dim=6, num_classes=7)
 BARE = dict(SMALL, pretrained_cfg_overlay=dict(num_classes=7))  # the published ones have 1 000
 LOGITS = """
@@ -57,6 +63,7 @@ def env(hub, tmp_path) -> dict[str, str]:
         "HF_HUB_DISABLE_XET": "1",  # another protocol, for the Hub's own storage
         "HF_TOKEN": TOKEN,
         "NO_PROXY": "127.0.0.1,localhost",
+        "PYTHONPATH": str(ROOT),
     }
 
 
@@ -65,11 +72,11 @@ def model_of(seed: int = 0) -> torch.nn.Module:
     return randomize(timm.create_model("gsop_resnet50_net2", **SMALL)).eval()
 
 
-def logits_of(model: torch.nn.Module) -> torch.Tensor:
+def logits_of(model: Callable[[torch.Tensor], torch.Tensor], size: int = 64) -> torch.Tensor:
     torch.manual_seed(3)
     torch.set_num_threads(1)  # as many as in the other process: to the bit
     with torch.inference_mode():
-        return model(torch.randn(2, 3, 64, 64)).double()
+        return model(torch.randn(2, 3, size, size)).double()
 
 
 def publish(folder: Path, env: dict[str, str], *options: str, repo: str = REPO) -> subprocess.CompletedProcess:
@@ -77,9 +84,19 @@ def publish(folder: Path, env: dict[str, str], *options: str, repo: str = REPO) 
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
+def release(env: dict[str, str], published: str, tmp_path: Path) -> dict[str, str]:
+    """An environment with the package as its next release has it: with the line that publish.py printed."""
+    (line,) = re.findall(r"^[0-9a-f]{64}  \S+/model\.safetensors$", published, re.MULTILINE)
+    package = tmp_path / "release"
+    shutil.copytree(ROOT / "timm_gsop", package / "timm_gsop", dirs_exist_ok=True)
+    with (package / "timm_gsop/pretrained/SHA256SUMS").open("a") as sums:
+        sums.write(f"{line}\n")
+    return {**env, "PYTHONPATH": str(package)}
+
+
 def create(env: dict[str, str], name: str, script: str = LOGITS, **kwargs) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", script, name, json.dumps(kwargs)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=300)
 
 
 def assert_logits(done: subprocess.CompletedProcess, expected: torch.Tensor, rtol: float = 0.0) -> None:
@@ -97,8 +114,9 @@ def test_publish_load_cache_and_offline(hub, env, tmp_path):
     assert done.returncode == 0, done.stderr
     assert hub.url in done.stdout
     assert TOKEN not in done.stdout + done.stderr
-    assert hub.repos[REPO]["main"].keys() == {"README.md", "architecture.png", "config.json", "model.safetensors"}
+    assert hub.repos[REPO]["main"].keys() == ON_THE_HUB
     assert sum("/commit/" in request for request in hub.requests) == 1
+    env = release(env, done.stdout, tmp_path)
 
     assert_logits(create(env, f"hf-hub:{REPO}"), expected)
     assert_logits(create(env, "gsop_resnet50_net2", **BARE), expected)  # the bare name, cached by now
@@ -125,29 +143,58 @@ def test_transformers_loads_what_was_published(hub, env, tmp_path):
     assert_logits(create(env, REPO, TRANSFORMERS), logits_of(model))
 
 
-def test_origin_before_publishing_and_hub_after(hub, env, tmp_path):
+def origin_of(hub, tmp_path) -> tuple[torch.nn.Module, str, dict]:
+    """A network of iSQRT-COV, the address of its file, and what says so."""
     original = isqrt_resnet()
     torch.save(in_their_names(original), tmp_path / "origin.pth")
     content = (tmp_path / "origin.pth").read_bytes()
     name = f"/models/mpncovresnet50-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     hub.files[name] = content
-    overlay = dict(pretrained_cfg_overlay=dict(url=hub.url + name, num_classes=7))
+    return original, name, dict(SMALL, pretrained_cfg_overlay=dict(url=hub.url + name, num_classes=7))
 
-    done = create(env, "gsop_resnet50_net2", **SMALL, **overlay)
+
+def test_origin_before_publishing_and_hub_after(hub, env, tmp_path):
+    original, name, given = origin_of(hub, tmp_path)
+    done = create(env, "gsop_resnet50_net2", **given)
     assert_logits(done, logits_of(original), rtol=1e-4)  # neutral blocks
-    assert f"{REPO} is not on the Hub: its weights come from their origin" in done.stderr
-    assert f"GET {name}" in hub.requests
+    assert hub.requests == [f"GET {name}"]
 
     hub.requests.clear()
-    done = create({**env, "HF_HUB_OFFLINE": "1"}, "gsop_resnet50_net2", **SMALL, **overlay)
+    done = create({**env, "HF_HUB_OFFLINE": "1"}, "gsop_resnet50_net2", **given)
     assert_logits(done, logits_of(original), rtol=1e-4)  # of the cached origin
     assert hub.requests == []
 
     model = model_of(seed=1)
     save_hub_folder(model, tmp_path / "folder")
-    assert publish(tmp_path / "folder", env).returncode == 0
-    assert_logits(create(env, "gsop_resnet50_net2", **SMALL, **overlay), logits_of(model))
+    done = publish(tmp_path / "folder", env)
+    assert done.returncode == 0, done.stderr
+    released = release(env, done.stdout, tmp_path)
+    assert_logits(create(released, "gsop_resnet50_net2", **given), logits_of(model))
     assert f"GET {name}" not in hub.requests
+
+    repos, hub.repos = hub.repos, {}  # the repository goes, with what was cached of it
+    shutil.rmtree(env["HF_HOME"])
+    done = create(released, "gsop_resnet50_net2", **given)
+    assert_logits(done, logits_of(original), rtol=1e-4)
+    assert "is not on the Hub: its weights come from their origin" in done.stderr
+    hub.repos = repos
+
+
+def test_nobody_else_serves_weights_under_a_name_of_ours(hub, env, tmp_path):
+    """Before a name is published its repository is not asked; after it, other content there is not taken."""
+    original, _, given = origin_of(hub, tmp_path)
+    save_hub_folder(model_of(seed=2), tmp_path / "folder")
+    done = publish(tmp_path / "folder", env)  # by someone who was first to claim the name
+    assert done.returncode == 0, done.stderr
+    hub.requests.clear()
+    assert_logits(create(env, "gsop_resnet50_net2", **given), logits_of(original), rtol=1e-4)
+    assert not any(REPO in request for request in hub.requests)
+
+    digest = hub.repos[REPO]["main"]["model.safetensors"]
+    others = release(env, done.stdout.replace(digest, digest[::-1]), tmp_path)
+    done = create(others, "gsop_resnet50_net2", **given)
+    assert done.returncode != 0
+    assert f"its SHA-256 is {digest}, not {digest[::-1]}" in done.stderr.strip().splitlines()[-1]
 
 
 def test_a_damaged_origin_is_refused(hub, env):
@@ -162,7 +209,9 @@ def test_a_damaged_origin_is_refused(hub, env):
 def test_a_damaged_download_is_refused_and_a_cut_one_goes_on(hub, env, tmp_path):
     model = model_of()
     save_hub_folder(model, tmp_path / "folder")
-    assert publish(tmp_path / "folder", env).returncode == 0
+    done = publish(tmp_path / "folder", env)
+    assert done.returncode == 0, done.stderr
+    env = release(env, done.stdout, tmp_path)
     hub.faults = [("GET /cdn/", "corrupt", 1)]
     done = create(env, "gsop_resnet50_net2", **BARE)
     assert done.returncode != 0
@@ -171,9 +220,87 @@ def test_a_damaged_download_is_refused_and_a_cut_one_goes_on(hub, env, tmp_path)
     assert_logits(create(env, "gsop_resnet50_net2", **BARE), logits_of(model))
 
 
+@pytest.mark.parametrize("place", ["hub", "origin"])
+def test_processes_that_download_or_find_a_damaged_file_together(place, hub, env, tmp_path):
+    """As torchrun's: each of them ends well."""
+    model, _, given = origin_of(hub, tmp_path)
+    if place == "hub":
+        model = model_of()
+        save_hub_folder(model, tmp_path / "folder")
+        done = publish(tmp_path / "folder", env)
+        assert done.returncode == 0, done.stderr
+        env = release(env, done.stdout, tmp_path)
+    command = [sys.executable, "-c", LOGITS, "gsop_resnet50_net2", json.dumps(given)]
+    for _ in ("nothing is cached", "what is cached is damaged"):
+        together = [
+            subprocess.Popen(command, cwd="/", env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        for process in together:
+            stdout, stderr = process.communicate(timeout=300)
+            done = subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+            assert_logits(done, logits_of(model), rtol=1e-4)
+        cached = [
+            *(path for path in Path(env["HF_HOME"]).rglob("blobs/*") if path.stat().st_size > 100_000),
+            *Path(env["TORCH_HOME"]).rglob("*.pth"),
+        ]
+        assert len(cached) == 1
+        cached[0].write_bytes(b"damaged")
+
+
+def test_a_gated_repository_says_so(hub, env, tmp_path):
+    save_hub_folder(model_of(), tmp_path / "folder")
+    done = publish(tmp_path / "folder", env)
+    assert done.returncode == 0, done.stderr
+    hub.gated.add(REPO)
+    done = create(release(env, done.stdout, tmp_path), "gsop_resnet50_net2", **BARE)
+    assert done.returncode != 0
+    assert f"The repository is gated: accept its conditions at https://huggingface.co/{REPO}" in done.stderr
+
+
+TIMMS = {
+    "gsop_resnet50_net1": ("resnet50.a1_in1k", vanilla_resnet, dict(NARROW, last_stride=2)),
+    "gsop_densenet121_net2": ("densenet121.ra_in1k", "densenet121", SMALL_BASES["densenet121"]),
+    "gsop_inception_v3_net1": ("inception_v3.tv_in1k", "inception_v3", SMALL_BASES["inception_v3"]),
+}
+
+
+@pytest.mark.parametrize("name", TIMMS)
+def test_timms_own_weights(name, hub, env, tmp_path):
+    """From its repository, with what timm's weights of Inception-v3 have besides; a new head is said."""
+    origin, make, small = TIMMS[name]
+    options = dict(aux_logits=True) if "inception" in origin else {}
+    if isinstance(make, str):
+        original = randomize(timm.create_model(make, num_classes=7, **small, **options)).eval()
+    else:
+        original = make()
+    safetensors.torch.save_file(original.state_dict(), tmp_path / "model.safetensors")
+    hub.repos[f"timm/{origin}"] = {"main": hub.new_branch()}
+    hub.private[f"timm/{origin}"] = False
+    hub.repos[f"timm/{origin}"]["main"]["model.safetensors"] = hub.keep((tmp_path / "model.safetensors").read_bytes())
+    given = dict(small, cov_dim=4, num_classes=7, pretrained_cfg_overlay=dict(num_classes=7))
+    script = LOGITS.replace("64, 64", "80, 80")
+    if name.endswith("net1"):
+        original.aux_logits = False
+        done = create(env, name, script, **given)
+        assert_logits(done, logits_of(original, 80), rtol=1e-4)
+        assert "another head" not in done.stderr
+    else:
+        script = LOGITS.replace("model(torch.randn(2, 3, 64, 64))", "model.forward_features(torch.randn(2, 3, 80, 80))")
+        done = create(env, name, script, **given, isqrt_dim=6)
+        assert_logits(done, logits_of(original.forward_features, 80), rtol=1e-4)
+        (line,) = [line for line in done.stderr.splitlines() if "another head" in line]
+        assert "Untrained: classifier.bias, classifier.weight, global_pool.reduction" in line
+    offline = create({**env, "HF_HUB_OFFLINE": "1"}, name, script, **given)
+    assert offline.returncode == 0, offline.stderr  # cached
+    done = create({**env, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}, name, **given)
+    assert f"are not cached and cannot be had from the Hub as timm/{origin}" in done.stderr.strip().splitlines()[-1]
+
+
 @pytest.mark.parametrize("fault", [500, "cut"])
-def test_a_hub_that_does_not_answer(hub, env, fault):
+def test_a_hub_that_does_not_answer(hub, env, tmp_path, fault):
     hub.faults = [("HEAD /timm-gsop/", fault, 99)]
+    env = release(env, f"{'0' * 64}  {REPO}/model.safetensors", tmp_path)
     done = create(env, "gsop_resnet50_net2", **BARE)
     assert done.returncode != 0
     assert "are not cached and cannot be had from the Hub" in done.stderr.strip().splitlines()[-1]
@@ -185,7 +312,7 @@ def test_an_interrupted_upload_is_run_again(hub, env, tmp_path):
     hub.faults = [("POST .*/commit/", "cut", 1)]
     done = publish(tmp_path / "folder", env)
     assert done.returncode == 1
-    assert hub.repos[REPO] == {"main": {}}  # nothing half-published
+    assert hub.repos[REPO]["main"].keys() == {".gitattributes"}  # nothing half-published
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith(f"error: {REPO} was not published. ")
 
@@ -217,7 +344,7 @@ def test_every_refusal_is_one_line(hub, env, tmp_path, faults, token, message):
     assert error.startswith("error: ")
     assert message in error
     assert "hf_" not in error
-    assert not any(hub.repos.get(REPO, {}).get("main", {}))
+    assert hub.repos.get(REPO, {}).get("main", {}).keys() <= {".gitattributes"}
 
 
 def test_pull_request_branch_and_privacy(hub, env, tmp_path):
@@ -226,9 +353,24 @@ def test_pull_request_branch_and_privacy(hub, env, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("/discussions/1")
     assert hub.private[REPO]
-    assert hub.repos[REPO]["main"] == {}
+    assert hub.repos[REPO]["main"].keys() == {".gitattributes"}
     assert "model.safetensors" in hub.repos[REPO]["refs/pr/1"]
     done = publish(tmp_path / "folder", env, "--revision", "v2")
     assert done.returncode == 0, done.stderr
     assert "model.safetensors" in hub.repos[REPO]["v2"]
     assert_logits(create(env, f"hf-hub:{REPO}@v2"), logits_of(model_of()))
+
+
+def test_what_the_hubs_client_downloaded_is_published_again(hub, env, tmp_path):
+    """With ``.gitattributes`` and the client's ``.cache``, which stay where they are."""
+    model = model_of()
+    save_hub_folder(model, tmp_path / "folder")
+    assert publish(tmp_path / "folder", env).returncode == 0
+    download = "import sys; from huggingface_hub import snapshot_download as d; d(sys.argv[1], local_dir=sys.argv[2])"
+    command = [sys.executable, "-c", download, REPO, str(tmp_path / "local")]
+    subprocess.run(command, env=env, check=True, capture_output=True, timeout=300)
+    assert {path.name for path in (tmp_path / "local").iterdir()} == {*ON_THE_HUB, ".cache"}
+    done = publish(tmp_path / "local", env, repo="me/mine")
+    assert done.returncode == 0, done.stderr
+    assert hub.repos["me/mine"]["main"].keys() == ON_THE_HUB
+    assert_logits(create(env, "hf-hub:me/mine"), logits_of(model))

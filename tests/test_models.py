@@ -180,7 +180,7 @@ def test_grad_checkpointing_changes_nothing(name):
 
 
 @small_models
-@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", "isqrt", "mpn"])
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", "isqrt", "mpn", "bilinear", "compact_bilinear"])
 def test_every_global_pool(name, pool):
     model = create(name, global_pool=pool).eval()
     features = model.forward_features(image(name))

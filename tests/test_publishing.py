@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ import timm
 import torch
 import yaml
 
-from tests.test_conversion import NARROW
-from timm_gsop.hub import publish, stage
+from tests.test_conversion import NARROW, in_their_names, isqrt_resnet
+from timm_gsop.hub import convert, publish, stage
 from timm_gsop.hub.hub_folder import check_hub_folder, save_hub_folder
 
 ROOT = Path(__file__).parents[1]
@@ -108,9 +109,44 @@ def test_card_measures_cost(folder, tmp_path):
 
 
 def test_what_was_downloaded_can_be_published_again(folder, tmp_path):
+    """With what the Hub's client leaves beside it."""
     stage(folder, "me/mine", tmp_path / "staged", FIGURE)
+    (tmp_path / "staged/.gitattributes").write_text("*.safetensors filter=lfs")
+    (tmp_path / "staged/.cache/huggingface/download").mkdir(parents=True)
     stage(tmp_path / "staged", "me/other", tmp_path / "again", FIGURE)
     assert "# other" in (tmp_path / "again/README.md").read_text()
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {
+        *("README.md", "architecture.png", "config.json", "model.safetensors")
+    }
+    check_hub_folder(tmp_path / "staged")
+
+
+def test_card_of_a_converted_network(tmp_path):
+    """It says what the network was built upon, and that its blocks are neutral until they are trained."""
+    torch.save(in_their_names(isqrt_resnet()), tmp_path / "mpncov.pth")
+    given = dict(NARROW, cov_dim=8)
+    model = convert("fast-mpn-cov", str(tmp_path / "mpncov.pth"), tmp_path / "folder", "gsop_resnet50_net2", given)
+    stage(tmp_path / "folder", "me/mine", tmp_path / "staged")
+    card = (tmp_path / "staged/README.md").read_text()
+    assert (
+        "Built upon a checkpoint of fast MPN-COV (iSQRT-COV), mpncov.pth, with GSoP blocks that are untrained." in card
+    )
+    assert "**Origin**: <https://github.com/jiangtaoxie/fast-MPN-COV>" in card
+    assert "**Blocks**: 3 are untrained and neutral (`layer1.3.gsop`, `layer2.4.gsop`, `layer3.6.gsop`)" in card
+    torch.nn.init.normal_(model.layer2[-1].gsop.excitation.expand_conv.weight)
+    save_hub_folder(model, tmp_path / "tuned")
+    stage(tmp_path / "tuned", "me/tuned", tmp_path / "staged-tuned")
+    assert "2 are untrained and neutral" in (tmp_path / "staged-tuned/README.md").read_text()
+
+
+def test_card_links_the_base(folder, tmp_path):
+    cfg = timm.get_pretrained_cfg("gsop_resnet50_net1.a1_in1k")
+    save_hub_folder(small(), tmp_path / "converted", provenance=cfg)
+    stage(tmp_path / "converted", "me/mine", tmp_path / "staged")
+    card = (tmp_path / "staged/README.md").read_text()
+    assert header_of(card)["base_model"] == "timm/resnet50.a1_in1k"
+    assert "<https://huggingface.co/timm/resnet50.a1_in1k>" in card
+    assert "last_stride=2 gives the function of timm's network" in card
 
 
 def spoil(kind: str, folder: Path) -> None:
@@ -146,6 +182,8 @@ def spoil(kind: str, folder: Path) -> None:
         edit(folder, label_names=list("abcdefg"), label_descriptions={"h": "a stranger"})
     elif kind == "arguments":
         edit(folder, model_args={**config["model_args"], "cov_dim": 9})
+    elif kind == "pool":  # which loading adapts, leaving the head out
+        edit(folder, model_args={**config["model_args"], "isqrt_dim": 5})
     if kind in ("missing weight", "shape", "nan"):
         safetensors.torch.save_file(weights, folder / "model.safetensors")
 
@@ -168,6 +206,7 @@ def spoil(kind: str, folder: Path) -> None:
         ("same label", "label_names in config.json are 1 different ones; accepted: 7"),
         ("label descriptions", "label_descriptions in config.json has 'h'"),
         ("arguments", "does not load: .*size mismatch"),
+        ("pool", "does not load: model.safetensors and config.json differ in fc.bias"),
     ],
 )
 def test_an_unsound_folder_is_refused(kind, message, folder, tmp_path):
@@ -209,6 +248,14 @@ def test_dry_run(folder, tmp_path):
         *("README.md", "architecture.png", "config.json", "model.safetensors")
     }
     assert (upload / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    save_hub_folder(small(num_classes=5), tmp_path / "other")
+    shutil.rmtree(folder)
+    (tmp_path / "other").rename(folder)
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 1
-    assert again.stderr.startswith("error: folder=")
+    assert again.returncode == 0, again.stderr
+    assert "**Classes**: 5" in (upload / "README.md").read_text()  # it takes the place of the first
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "folder-upload"}
+    (upload / "notes.txt").touch()  # of the user's own
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: folder=")

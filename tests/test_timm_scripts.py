@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 
 from tests.fashion_mnist import sample
+from timm_gsop.hub import convert, stage
 from timm_gsop.viz.summary import read_summary
 
 ROOT = Path(__file__).parents[1]
@@ -196,3 +199,31 @@ def test_onnx_export_and_validate(name, tmp_path):
     with torch.no_grad():
         right = (model(images).argmax(1) == labels).float().mean().item()
     assert found == pytest.approx(100 * right, abs=0.41)  # two images: rounding of pixels
+
+
+def test_from_a_run_to_fine_tuning_to_a_folder_to_a_card(digits, tmp_path):
+    """hub/README.md's way, from model_best.pth.tar onwards; the folder keeps what args.yaml says."""
+    train(NET2, digits, tmp_path / "first", "--epochs", "1")
+    best = str(tmp_path / "first/run/model_best.pth.tar")
+    few = tmp_path / "few"
+    for split in ("train", "val"):
+        for name in "012":
+            shutil.copytree(digits / split / name, few / split / name)
+    tuned = ("--pretrained", "--pretrained-path", best, "--num-classes", "3", "--epochs", "1")
+    done = train(NET2, few, tmp_path / "tuned", *tuned)
+    assert "Missing keys (fc.weight, fc.bias)" in done.stdout + done.stderr
+    model = convert("timm", str(tmp_path / "tuned/run/model_best.pth.tar"), tmp_path / "folder")
+    assert model.num_classes == 3
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(loaded)
+    args = yaml.safe_load((tmp_path / "tuned/run/args.yaml").read_text())
+    assert [list(config["input_size"]), list(config["mean"])] == [args["input_size"], args["mean"]]
+    text = (tmp_path / "folder/config.json").read_text()
+    assert "Fashion" not in text
+    assert "T-shirt" not in text
+    for name in ("args.yaml", "summary.csv"):
+        shutil.copy(tmp_path / "tuned/run" / name, tmp_path / "folder")
+    stage(tmp_path / "folder", "me/mine", tmp_path / "staged", license="apache-2.0")
+    card = (tmp_path / "staged/README.md").read_text()
+    assert "**measured**: top-1" in card
+    assert "neutral" not in card

@@ -6,22 +6,35 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_data_config
-from timm.models import PretrainedCfg, get_pretrained_cfg
+from timm.models import get_pretrained_cfg
+from timm.models.densenet import DenseNet
+from timm.models.inception_v3 import InceptionV3
 from timm.models.resnet import ResNet
 from torch import nn
 
 from timm_gsop.checks import check_choice
+from timm_gsop.hub.base import Base, find_base
 from timm_gsop.hub.hub_folder import check_new_folder, is_ours, save_hub_folder
 from timm_gsop.models import GsopResNet
 from timm_gsop.models.gsop_resnet import checkpoint_filter_fn, default_cfgs
-from timm_gsop.pretrained.checkpoint import load_exactly, read_checkpoint
+from timm_gsop.models.gsop_zoo import filter_without_aux
+from timm_gsop.pretrained.checkpoint import Weights, load_exactly, read_checkpoint
 from timm_gsop.pretrained.locate import is_origin
-from timm_gsop.pretrained.released import Released, from_fast_mpn_cov, from_gsop
+from timm_gsop.pretrained.released import from_fast_mpn_cov, from_gsop
 
 __all__ = ["SOURCES", "convert"]
 
 SOURCES = ("gsop", "fast-mpn-cov", "timm")
+REPOSITORIES = {
+    "gsop": "https://github.com/ZilinGao/Global-Second-order-Pooling-Convolutional-Networks",
+    "fast-mpn-cov": "https://github.com/jiangtaoxie/fast-MPN-COV",
+}
+_NO_NAME = (
+    "model_name=None with source='timm', checkpoint={checkpoint!r}; accepted: one of our networks, gsop_resnet50_net1 "
+    "for one; or as checkpoint one of our networks that has pretrained weights, a folder of one, or a file of "
+    "train.py's with its args.yaml beside it."
+)
+REDUCTION = "global_pool.reduction.conv.weight"
 
 _logger = logging.getLogger(__name__)
 
@@ -32,18 +45,22 @@ def convert(
     folder: Path,
     model_name: str | None = None,
     model_kwargs: dict[str, Any] | None = None,
+    data_config: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Convert a checkpoint into a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads.
 
     Args:
         source: What made the checkpoint: ``"gsop"``, the code that the GSoP authors released; ``"fast-mpn-cov"``, that
-            of iSQRT-COV; ``"timm"``, a ResNet of timm.
-        checkpoint: A file; from timm, also the name of a model with pretrained weights.
+            of iSQRT-COV; ``"timm"``, timm: its train.py or its saver, with one of our networks or one of its own.
+        checkpoint: A file; from timm, also a folder that timm's ``save_for_hf`` wrote, or the name of a model with
+            pretrained weights. If train.py's ``args.yaml`` is beside the file, it says which network the file holds and
+            the preprocessing that it was trained with.
         folder: Where to write; it must not exist, or be empty. Nothing is left there if anything fails.
-        model_name: The network to make, where it is not the one in the checkpoint: a GSoP ResNet, whose additional
-            blocks start neutral (see :func:`timm_gsop.hub.neutral_start`). From timm, only one of our own networks
-            is saved without it, with its pretrained weights.
+        model_name: The network to make, where it is not the one in the checkpoint. Blocks that the checkpoint lacks
+            start neutral (see :func:`timm_gsop.hub.neutral_start`).
         model_kwargs: Arguments of the network, besides what the checkpoint shows.
+        data_config: Preprocessing, where it is not the checkpoint's: ``input_size``, ``mean``, ``std``,
+            ``interpolation``, ``crop_pct``.
 
     Returns:
         The network, in evaluation.
@@ -55,81 +72,96 @@ def convert(
     check_choice("source", source, SOURCES)
     check_new_folder(folder)
     given = model_kwargs or {}
-    if source == "timm" and model_name is None:
-        return _save_ours(checkpoint, folder, given)
-    if source == "timm":
-        released, about = _from_timm(checkpoint, str(model_name), given)
-    else:
-        released, about = _from_file(source, Path(checkpoint), model_name, given)
+    if (
+        source == "timm"
+        and model_name is None
+        and timm.is_model(checkpoint.partition(".")[0])
+        and not Path(checkpoint).exists()
+    ):
+        return _save_pretrained(checkpoint, folder, given, data_config)
+    base = find_base(checkpoint) if source == "timm" else _released_base(source, Path(checkpoint), model_name, given)
+    name = _name_for(base, checkpoint, model_name)
+    kwargs = {**base.arguments_for(name), **given}
+    _say_if_the_stride_differs(base, name, kwargs)
     # Not the name's default weights, whose origin and licence would be said of these.
-    name = f"{model_name or released.model_name}.untrained"
-    model = timm.create_model(name, **{**released.model_kwargs, **given}).eval()
-    weights = checkpoint_filter_fn(released.weights, model) if isinstance(model, GsopResNet) else released.weights
-    load_exactly(model, weights)
-    save_hub_folder(model, folder, **about)
+    model = timm.create_model(f"{name}.untrained", **kwargs).eval()
+    _check_head(model, base.weights, checkpoint, name)
+    load_exactly(model, _fit(base.weights, model))
+    save_hub_folder(model, folder, base.preprocessing(model, data_config or {}), base.provenance_in(name), base.labels)
     return model
 
 
-def _save_ours(name: str, folder: Path, given: dict[str, Any]) -> nn.Module:
+def _name_for(base: Base, checkpoint: str, model_name: str | None) -> str:
+    name = model_name or (base.architecture if base.is_ours else None)
+    if name is None:
+        raise ValueError(_NO_NAME.format(checkpoint=checkpoint))
+    if not is_ours(name):
+        raise ValueError(f"model_name={name!r} is none of timm-gsop's; accepted: those, gsop_resnet50_net1 for one.")
+    return name
+
+
+def _save_pretrained(name: str, folder: Path, given: dict[str, Any], data_config: dict[str, Any] | None) -> nn.Module:
     """Save one of our networks with its pretrained weights."""
     cfg = get_pretrained_cfg(name) if is_ours(name) else None
     if cfg is None or not cfg.has_weights:
-        raise ValueError(
-            f"model_name=None with source='timm', checkpoint={name!r}; accepted: a GSoP ResNet, gsop_resnet50_net1 for "
-            "one, or as checkpoint one of our networks that has pretrained weights."
-        )
+        raise ValueError(_NO_NAME.format(checkpoint=name))
     model = timm.create_model(name, pretrained=True, **given).eval()
-    save_hub_folder(model, folder, provenance=cfg)
+    labels = dict(label_names=cfg.label_names) if cfg.label_names and model.num_classes == cfg.num_classes else None
+    save_hub_folder(model, folder, data_config, cfg, labels)
     return model
 
 
-def _from_file(
-    source: str, path: Path, model_name: str | None, given: dict[str, Any]
-) -> tuple[Released, dict[str, Any]]:
+def _released_base(source: str, path: Path, model_name: str | None, given: dict[str, Any]) -> Base:
+    """A checkpoint of the released code bases. Of fast MPN-COV's the names stay: the network's filter renames."""
     weights = read_checkpoint(path)
-    if source == "gsop":
-        return from_gsop(weights, given.get("gsop_type")), {}
-    released = from_fast_mpn_cov(weights)._replace(weights=weights)  # by their names: the filter renames
+    is_gsop = source == "gsop"
+    released = from_gsop(weights, given.get("gsop_type")) if is_gsop else from_fast_mpn_cov(weights)
     name = model_name or released.model_name
     cfgs = default_cfgs[name].cfgs.values() if name in default_cfgs and not given else ()
-    known = (cfg for cfg in cfgs if is_origin(path, cfg.url))
-    return released, dict(provenance=next(known, None))
+    cfg = next((cfg for cfg in cfgs if is_origin(path, cfg.url)), None)
+    what = "the code that the authors of GSoP-Net released" if is_gsop else "fast MPN-COV (iSQRT-COV)"
+    return Base(
+        str(path),
+        released.weights if is_gsop else weights,
+        released.model_name,
+        released.model_kwargs,
+        data_config={},
+        description=f"a checkpoint of {what}, {path.name}",
+        origin_url=REPOSITORIES[source],
+        provenance=cfg,
+        same_arguments=True,
+    )
 
 
-def _from_timm(checkpoint: str, model_name: str, given: dict[str, Any]) -> tuple[Released, dict[str, Any]]:
-    stride = 32
-    about: dict[str, Any] = {}
-    if Path(checkpoint).is_file():
-        weights = read_checkpoint(Path(checkpoint))
-    elif timm.is_model(checkpoint.partition(".")[0]):
-        origin = timm.create_model(checkpoint, pretrained=True)
-        if not isinstance(origin, ResNet):
-            raise ValueError(f"checkpoint={checkpoint!r} is no ResNet; accepted: ResNets of timm.")
-        weights = origin.state_dict()
-        stride = origin.feature_info[-1]["reduction"]
-        about = dict(data_config=resolve_data_config(model=origin), provenance=_built_upon(origin, model_name))
-    else:
-        raise ValueError(f"checkpoint={checkpoint!r} is neither a file nor a model of timm.")
+def _fit(weights: Weights, model: nn.Module) -> Weights:
+    if isinstance(model, GsopResNet):
+        return checkpoint_filter_fn(weights, model)
+    if isinstance(model, DenseNet | InceptionV3):
+        return filter_without_aux(weights, model)
+    return weights
+
+
+def _check_head(model: Any, weights: Weights, checkpoint: str, name: str) -> None:
+    has_reduction = REDUCTION in weights or "layer_reduce.weight" in weights
+    if REDUCTION in model.state_dict() and not has_reduction:
+        twin = name.replace("_net2", "_net1")
+        fits = f"model_name={twin!r}" if twin != name and timm.is_model(twin) else "a network without it"
+        raise ValueError(
+            f"checkpoint={checkpoint!r} has no covariance pooling ({REDUCTION} is missing), which {name} ends with; "
+            f"accepted: {fits}, or global_pool='avg' among the model's arguments. To start with an untrained one, "
+            f"train {name} with timm's --pretrained."
+        )
+
+
+def _say_if_the_stride_differs(base: Base, name: str, kwargs: dict[str, Any]) -> None:
+    if base.same_arguments:
+        return
     with torch.device("meta"):
-        target = timm.create_model(model_name, **given)
-    if target.feature_info[-1]["reduction"] != stride:
+        target = timm.create_model(f"{name}.untrained", **kwargs)
+    if isinstance(target, ResNet) and base.reduction_in(target) != target.feature_info[-1]["reduction"]:
         _logger.warning(
             "The function changes: %s has a last stage of another stride than the checkpoint's network, for which its "
             "weights were not trained. last_stride=2 keeps the function; with output_stride=16 it is that of timm's "
             "own network at output_stride=16.",
-            model_name,
+            name,
         )
-    kwargs = dict(num_classes=weights["fc.weight"].shape[0]) if "fc.weight" in weights else {}
-    return Released(model_name, kwargs, weights), about
-
-
-def _built_upon(origin: ResNet, model_name: str) -> PretrainedCfg:
-    cfg = origin.pretrained_cfg
-    name = f"{cfg['architecture']}.{cfg['tag']}"
-    return PretrainedCfg(
-        architecture=model_name,
-        tag=cfg["tag"],
-        description=f"timm's {name}, with GSoP blocks that are untrained.",
-        license=cfg.get("license"),
-        origin_url=f"https://huggingface.co/timm/{name}",
-    )

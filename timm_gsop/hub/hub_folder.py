@@ -5,19 +5,22 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import timm
 import torch
 from timm.data import ImageNetInfo
 from timm.models import PretrainedCfg, save_for_hf
 from torch import nn
 
-__all__ = ["HubFolder", "check_hub_folder", "check_new_folder", "is_ours", "save_hub_folder"]
+__all__ = ["HubFolder", "check_hub_folder", "check_new_folder", "is_ours", "is_staged", "save_hub_folder"]
 
 NEEDED = ("config.json", "model.safetensors")
 OF_TRAINING = ("args.yaml", "summary.csv")
 """What timm's train.py leaves beside its checkpoints: the recipe, and the figures of every epoch."""
 GENERATED = ("README.md", "architecture.png")
 """What publishing adds; a folder that was downloaded from the Hub has it too, and it is made anew."""
+OF_THE_HUB = (".gitattributes", ".cache", ".git")
+"""What the Hub and its client, or git, leave in a folder that was downloaded; it is not published."""
 
 
 class HubFolder(NamedTuple):
@@ -49,11 +52,18 @@ def check_new_folder(folder: Path) -> None:
         raise ValueError(f"folder={str(folder)!r} has something in it already; accepted: a new or empty folder.")
 
 
+def is_staged(folder: Path) -> bool:
+    """Whether a folder has just what publishing writes: config.json, weights and card, and nothing unknown."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return {*NEEDED, "README.md"} <= names <= {*NEEDED, *OF_TRAINING, *GENERATED}
+
+
 def save_hub_folder(
     model: nn.Module,
     folder: Path,
     data_config: dict[str, Any] | None = None,
     provenance: PretrainedCfg | None = None,
+    labels: dict[str, Any] | None = None,
 ) -> None:
     """Write a model so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` restores it, or write nothing.
 
@@ -65,13 +75,14 @@ def save_hub_folder(
         data_config: Preprocessing, where it is not the model's default.
         provenance: Where the weights come from, if it is known. It stands apart from the model's own configuration,
             which timm hands on to whatever is trained later.
+        labels: ``label_names`` and ``label_descriptions`` of the classes, where they are known.
 
     Raises:
         ValueError: If the folder has something in it already.
     """
     check_new_folder(folder)
-    config: dict[str, Any] = {}
-    if model.num_classes == 1000:
+    config: dict[str, Any] = dict(labels or {})
+    if model.num_classes == 1000 and not config:
         imagenet = ImageNetInfo("imagenet-1k")
         descriptions = imagenet.label_descriptions(as_dict=True)
         config = dict(label_names=imagenet.label_names(), label_descriptions=descriptions)
@@ -114,7 +125,7 @@ def check_hub_folder(folder: Path) -> HubFolder:
     names = {path.name for path in folder.iterdir()}
     if missing := set(NEEDED) - names:
         raise ValueError(f"{folder} has no {', '.join(sorted(missing))}; accepted: what hub/convert.py writes.")
-    if unknown := names - {*NEEDED, *OF_TRAINING, *GENERATED}:
+    if unknown := names - {*NEEDED, *OF_TRAINING, *GENERATED, *OF_THE_HUB}:
         known = ", ".join((*NEEDED, *OF_TRAINING))
         raise ValueError(f"{folder} has {', '.join(sorted(unknown))}; accepted: {known}, and no pickles.")
     try:
@@ -131,6 +142,10 @@ def check_hub_folder(folder: Path) -> HubFolder:
         raise ValueError(f"{folder} does not load: {type(error).__name__}: {' '.join(message[:2])[:500]}") from error
     if infinite := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
         raise ValueError(f"The weights are not finite: {', '.join(infinite[:5])}.")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    own = model.state_dict()
+    if not_as_saved := [name for name in sorted({*own, *weights}) if not _is_same(own.get(name), weights.get(name))]:
+        raise ValueError(f"{folder} does not load: model.safetensors and config.json differ in {not_as_saved[0]}.")
     with torch.inference_mode():
         logits = model(torch.randn(1, *model.pretrained_cfg["input_size"]))
     if logits.shape != (1, num_classes) or not logits.isfinite().all():
@@ -140,6 +155,10 @@ def check_hub_folder(folder: Path) -> HubFolder:
         )
     _check_labels(config, num_classes)
     return HubFolder(folder, config, model)
+
+
+def _is_same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b.to(a.dtype))
 
 
 def is_ours(model_name: str) -> bool:

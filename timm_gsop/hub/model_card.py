@@ -1,15 +1,20 @@
 """The model card: README.md of a repository on the Hugging Face Hub."""
 
+import re
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
 import timm
 import yaml
 from huggingface_hub import ModelCardData
+from torch import nn
 
 from timm_gsop.hub.hub_folder import HubFolder
 from timm_gsop.hub.operations import model_macs
+from timm_gsop.layers.gsop import CovarianceExcitation
+from timm_gsop.models.second_order import backbone_notes
 from timm_gsop.viz.summary import read_summary
 
 __all__ = ["model_card"]
@@ -66,6 +71,7 @@ def model_card(folder: HubFolder, repo_id: str, figure: str | None = None, licen
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "timm-gsop", "second-order-pooling"],
         datasets=[HUB_DATASETS[name] for name in data if name in HUB_DATASETS] or None,
+        base_model=_base_model(provenance.get("origin_url")),
     )
     architecture = folder.config["architecture"]
     entrypoint = timm.model_entrypoint(architecture)
@@ -75,7 +81,9 @@ def model_card(folder: HubFolder, repo_id: str, figure: str | None = None, licen
     facts = {
         "Architecture": f"`{architecture}`: {what}",
         "Weights": provenance.get("description"),
-        "Origin": provenance.get("origin_url"),
+        "Origin": provenance.get("origin_url") and f"<{provenance['origin_url']}>",
+        "Blocks": _neutral_blocks(folder.model),
+        "Backbone": _backbone(folder),
         "Parameters": f"{sum(p.numel() for p in folder.model.parameters()) / 1e6:.2f} M (measured)",
         "Multiply-accumulates": f"{macs / 1e9:.2f} G for one image of {_times(size)} (measured)",
         "Classes": folder.config["num_classes"],
@@ -84,7 +92,7 @@ def model_card(folder: HubFolder, repo_id: str, figure: str | None = None, licen
     sections = [
         f"---\n{header.to_yaml()}\n---",
         f"# {repo_id.partition('/')[2]}",
-        "A network with global second-order pooling (GSoP, CVPR 2019), for timm with the package timm-gsop.",
+        f"A network with global second-order pooling (GSoP, CVPR 2019), for timm with the package {_package()}.",
         f"![Architecture]({figure})" if figure else "",
         _bullets(f"**{name}**: {value}" for name, value in facts.items() if value not in (None, "")),
         _section("Training data and recipe", [*data, *recipe]),
@@ -95,13 +103,69 @@ def model_card(folder: HubFolder, repo_id: str, figure: str | None = None, licen
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _recipe(path: Path) -> list[str]:
-    if not (path / "args.yaml").exists():
-        return []
+def _base_model(origin_url: Any) -> str | None:
+    """Id of the repository on the Hub that the weights come from, for the card's header."""
+    found = re.fullmatch(r"https://huggingface\.co/([^/]+/[^/]+)", str(origin_url))
+    return found[1] if found else None
+
+
+def _neutral_blocks(model: nn.Module) -> str | None:
+    """What is said of blocks that still are as ``neutral_start`` leaves them: their last convolution is zero."""
+    neutral = [
+        name.removesuffix(".excitation")
+        for name, module in model.named_modules()
+        if isinstance(module, CovarianceExcitation)
+        and not any(p.count_nonzero() for p in module.expand_conv.parameters())
+    ]
+    if not neutral:
+        return None
+    return (
+        f"{len(neutral)} are untrained and neutral ({', '.join(f'`{name}`' for name in neutral)}): they scale every "
+        "channel alike, which the layers around them make up for, so the network computes what its base did. "
+        "Fine-tune it to make use of them."
+    )
+
+
+def _package() -> str:
+    """This package, with a link to its repository where its metadata has one."""
     try:
-        given = dict(yaml.safe_load((path / "args.yaml").read_text()))
+        urls = dict(entry.split(", ", 1) for entry in metadata("timm-gsop").get_all("Project-URL") or ())
+    except PackageNotFoundError:  # run from a clone
+        urls = {}
+    return f"[timm-gsop]({urls['Repository']})" if "Repository" in urls else "timm-gsop"
+
+
+def _backbone(folder: HubFolder) -> str | None:
+    """Of a ``second_order``: its backbone and, if it started from their weights, these weights' licence and origin."""
+    name = folder.config.get("model_args", {}).get("backbone")
+    if folder.config["architecture"] != "second_order" or name is None:
+        return None
+    notes = folder.config.get("pretrained_cfg", {}).get("notes") or ()
+    if not notes and _training_arguments(folder.path).get("pretrained"):
+        notes = backbone_notes(name)
+    known = dict(note.partition(": ")[::2] for note in notes)
+    if "backbone" not in known:
+        return f"timm's `{name}`; it is not recorded whether training started from pretrained weights"
+    return (
+        f"timm's `{known['backbone']}`, whose pretrained weights training started from "
+        f"(licence: {known['backbone licence']}; origin: {known['backbone origin']})"
+    )
+
+
+def _training_arguments(path: Path) -> dict[str, Any]:
+    """What timm's train.py was given, if it left that."""
+    if not (path / "args.yaml").exists():
+        return {}
+    try:
+        return dict(yaml.safe_load((path / "args.yaml").read_text()))
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path / 'args.yaml'} cannot be read; accepted: what timm's train.py writes.") from error
+
+
+def _recipe(path: Path) -> list[str]:
+    given = _training_arguments(path)
+    if not given:
+        return []
     shown = [f"`{name}: {given[name]}`" for name in RECIPE if given.get(name) not in (None, "", False, 0, 0.0)]
     return [f"timm's `train.py -c args.yaml`: {', '.join(shown)}"]
 

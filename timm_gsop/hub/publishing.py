@@ -3,18 +3,38 @@
 import shutil
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
 
-from timm_gsop.hub.hub_folder import check_hub_folder, check_new_folder
+from timm_gsop.hub.hub_folder import check_hub_folder, check_new_folder, is_staged
 from timm_gsop.hub.model_card import model_card
+from timm_gsop.pretrained.digests import sums_line
 
-__all__ = ["publish", "stage"]
+__all__ = ["Published", "publish", "stage"]
+
+
+class Published(NamedTuple):
+    """What was published.
+
+    Attributes:
+        url: Address of the commit or pull request.
+        sums_line: The line for ``timm_gsop/pretrained/SHA256SUMS``, by which ``pretrained=True`` may load it; None of a
+            pull request, whose commit is another one when it is merged.
+    """
+
+    url: str
+    sums_line: str | None
 
 
 def stage(
-    folder: Path, repo_id: str, destination: Path, figure: Path | None = None, license: str | None = None
+    folder: Path,
+    repo_id: str,
+    destination: Path,
+    figure: Path | None = None,
+    license: str | None = None,
+    replace: bool = False,
 ) -> None:
     """Write what would be published into a new folder, or write nothing.
 
@@ -24,12 +44,15 @@ def stage(
         destination: Where to write; it must not exist, or be empty.
         figure: A picture of the architecture.
         license: Identifier of the weights' licence, where the folder does not state it.
+        replace: Whether ``destination`` may be what this function wrote before: it is replaced then.
 
     Raises:
         ValueError: If an argument is not accepted, or the folder is not sound (see :func:`check_hub_folder`).
     """
     _check_repo_id(repo_id)
-    check_new_folder(destination)
+    replace = replace and is_staged(destination)
+    if not replace:
+        check_new_folder(destination)
     checked = check_hub_folder(folder)
     card = model_card(checked, repo_id, figure.name if figure else None, license)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -39,6 +62,8 @@ def stage(
         for path in [*checked.files, *([figure] if figure else [])]:
             shutil.copyfile(path, complete / path.name)
         (complete / "README.md").write_text(card, encoding="utf-8")
+        if replace:
+            destination.replace(Path(partial) / "former")
         complete.replace(destination)
 
 
@@ -50,7 +75,7 @@ def publish(
     private: bool = False,
     revision: str | None = None,
     create_pr: bool = False,
-) -> str:
+) -> Published:
     """Check a folder, write its card, and upload both in one commit.
 
     What an interrupted upload has brought to the Hub is not uploaded again. The token is the one of ``hf auth login``
@@ -66,7 +91,7 @@ def publish(
         create_pr: Whether to open a pull request instead of committing to the branch.
 
     Returns:
-        Address of the commit or pull request.
+        Address of the commit or pull request, and the line for the package's SHA256SUMS.
 
     Raises:
         ValueError: If an argument is not accepted, or the folder is not sound (see :func:`check_hub_folder`).
@@ -84,7 +109,8 @@ def publish(
         except Exception as error:  # of HTTP libraries, which differ with the client's version, and of the system
             reason = " ".join(str(error.__cause__ or error).split())[:500]
             raise RuntimeError(f"{repo_id} was not published. {type(error).__name__}: {reason}") from error
-    return str(commit.pr_url or commit.commit_url)
+        line = None if commit.pr_url else sums_line(repo_id, commit.oid, staged / "model.safetensors")
+    return Published(str(commit.pr_url or commit.commit_url), line)
 
 
 def _upload(staged: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool) -> CommitInfo:

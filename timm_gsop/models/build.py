@@ -6,9 +6,15 @@ from typing import Any
 
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 
+from timm_gsop.pretrained.checkpoint import Weights
+from timm_gsop.pretrained.head import fit_head
 from timm_gsop.pretrained.locate import locate_weights
 
 __all__ = ["build_model"]
+
+OF_THE_WEIGHTS = ("description", "license", "notes", "origin_url")
+"""Entries of a configuration that are about the weights, and wrong of what is trained from them."""
+LABELS = ("label_names", "label_descriptions")
 
 
 def build_model(
@@ -17,10 +23,14 @@ def build_model(
     pretrained: bool,
     pretrained_cfg: PretrainedCfg | dict[str, Any] | str | None = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
+    pretrained_filter_fn: Callable[[Weights, Any], Weights] | None = None,
     cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> Any:
-    """timm's ``build_model_with_cfg``, with weights that :func:`locate_weights` finds.
+    """timm's ``build_model_with_cfg``, with weights that :func:`locate_weights` finds and :func:`fit_head` fits.
+
+    A network's own configuration does not describe the weights that its name stands for, for timm's saver would say
+    that of whatever is trained from it: ``timm.get_pretrained_cfg(name)`` does. Label names stay while they are true.
 
     Args:
         model_cls: Class of the network.
@@ -28,6 +38,7 @@ def build_model(
         pretrained: Whether to load weights.
         pretrained_cfg: Configuration of the weights, or its tag; None for the name's default.
         pretrained_cfg_overlay: Entries in place of those of the configuration.
+        pretrained_filter_fn: Fits weights to the network, before its head is fitted.
         cache_dir: Where downloads are kept, in place of the Hub's and PyTorch's own folders.
         **kwargs: For timm's function and the network.
 
@@ -37,17 +48,31 @@ def build_model(
     Raises:
         RuntimeError: If there are no weights for it, or they cannot be had.
     """
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     source = dict(pretrained_cfg_overlay or {})
     if pretrained:
-        path = locate_weights(resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay), cache_dir)
+        path = locate_weights(cfg, cache_dir)
         if path is not None:
             source.update(source="", file=str(path))
-    return build_model_with_cfg(
+
+    def fit(weights: Weights, model: Any) -> Weights:
+        if pretrained_filter_fn is not None:
+            weights = pretrained_filter_fn(weights, model)
+        return fit_head(weights, model, say=not kwargs.get("features_only"))
+
+    model = build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=source,
+        pretrained_filter_fn=fit,
         cache_dir=cache_dir,
         **kwargs,
     )
+    if cfg.source not in ("hf-hub", "local-dir"):  # where a model's own configuration is
+        has_labels = pretrained and getattr(model, "num_classes", None) == cfg.num_classes
+        surplus = {*OF_THE_WEIGHTS, *(() if has_labels else LABELS)} - set(pretrained_cfg_overlay or ())
+        own = {key: value for key, value in model.pretrained_cfg.items() if key not in surplus}
+        model.pretrained_cfg = model.default_cfg = own
+    return model

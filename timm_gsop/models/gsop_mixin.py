@@ -22,14 +22,16 @@ class GsopMixin(GlobalPoolMixin):
 
     Args:
         num_classes: Number of classes; 0 for no classifier.
-        global_pool: One of timm's pools, ``"isqrt"`` (iSQRT-COV), ``"mpn"`` (MPN-COV), or ``""`` for none.
+        global_pool: One of timm's pools, ``"isqrt"`` (iSQRT-COV), ``"mpn"`` (MPN-COV), ``"bilinear"``,
+            ``"compact_bilinear"``, or ``""`` for none.
         gsop_type: Kind of the blocks, one of ``GSOP_TYPES``.
         gsop_layers: Stages that have blocks, counted from 1; ``()`` for none, None for all.
         cov_dim: Channels after reduction in a block, the size of its channel covariance.
         spatial_size: In blocks by position: side of the square that the map is pooled to.
-        isqrt_dim: Channels after reduction in covariance pooling.
+        isqrt_dim: Channels after reduction in covariance pooling and in ``"bilinear"``, whose features are its square.
         isqrt_iters: Newton–Schulz iterations in ``"isqrt"`` pooling; None for the flavor's own, 5 in the paper, 3 in
             the released code.
+        compact_bilinear_dim: Features of ``"compact_bilinear"``, which does not reduce the channels.
         isqrt_drop: Dropout after covariance pooling; other pools ignore it.
         drop_rate: Dropout after any pooling. There is one dropout: with covariance pooling, the larger of the two
             rates applies.
@@ -59,6 +61,7 @@ class GsopMixin(GlobalPoolMixin):
         spatial_size: int = 8,
         isqrt_dim: int = 256,
         isqrt_iters: int | None = None,
+        compact_bilinear_dim: int = 8192,
         isqrt_drop: float = 0.0,
         drop_rate: float = 0.0,
         flavor: str = "paper",
@@ -77,7 +80,15 @@ class GsopMixin(GlobalPoolMixin):
         for stage in sorted(gsop_layers):
             self.add_blocks(stage, create)
         self.init_global_pool(
-            num_classes, global_pool, isqrt_dim, isqrt_iters, flavor, isqrt_drop=isqrt_drop, drop_rate=drop_rate, **dd
+            num_classes,
+            global_pool,
+            isqrt_dim,
+            isqrt_iters,
+            flavor,
+            compact_bilinear_dim=compact_bilinear_dim,
+            isqrt_drop=isqrt_drop,
+            drop_rate=drop_rate,
+            **dd,
         )
         self._built = True
 

@@ -21,8 +21,9 @@ from timm_gsop.layers import FLAVORS, GsopBlock, IsqrtCovPool2d, OfficialIsqrtCo
 from timm_gsop.models.build import build_model
 from timm_gsop.models.gsop_mixin import GsopMixin
 from timm_gsop.models.last_stride import remove_stride
+from timm_gsop.models.timm_weights import with_timm_weights
 from timm_gsop.pretrained.checkpoint import Weights
-from timm_gsop.pretrained.locate import hub_id
+from timm_gsop.pretrained.digests import published_id
 from timm_gsop.pretrained.neutral import neutral_start
 from timm_gsop.pretrained.released import ISQRT_ITERS, from_fast_mpn_cov, is_fast_mpn_cov, to_lower_triangle
 
@@ -122,8 +123,8 @@ def checkpoint_filter_fn(weights: Weights, model: GsopResNet) -> Weights:
             _logger.warning(
                 "The function changes: isqrt_iters=%d, and the weights are of %d.", pool.num_iters, ISQRT_ITERS
             )
-        if isinstance(pool, OfficialIsqrtCovPool2d):
-            weights = to_lower_triangle(weights, model.isqrt_dim)
+        if isinstance(pool, OfficialIsqrtCovPool2d) and "fc.weight" in weights:
+            weights = to_lower_triangle(weights, len(weights["global_pool.reduction.conv.weight"]))
     return neutral_start(model, weights)
 
 
@@ -167,7 +168,7 @@ def _isqrt_in1k(name: str, **kwargs: Any) -> dict[str, Any]:
     depth = 101 if "101" in name else 50
     neutral = name.startswith("gsop")
     return _cfg(
-        hf_hub_id=hub_id(name),
+        hf_hub_id=published_id(name),
         url=f"http://jtxie.com/models/{_ISQRT_FILES[depth]}",
         origin_url="https://github.com/jiangtaoxie/fast-MPN-COV",
         description=f"iSQRT-COV, ResNet-{depth}, trained on ImageNet-1k by its authors"
@@ -183,25 +184,37 @@ def _isqrt_in1k(name: str, **kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
+        **with_timm_weights("gsop_resnet18_net1", "resnet18.a1_in1k", _cfg(**_GSOP)),
         "gsop_resnet18_net1.untrained": _cfg(**_GSOP),
+        **with_timm_weights("gsop_resnet18_net2", "resnet18.a1_in1k", _cfg(**_GSOP), new_head=True),
         "gsop_resnet18_net2.untrained": _cfg(**_GSOP),
+        **with_timm_weights("gsop_resnet26_net1", "resnet26.bt_in1k", _cfg(**_GSOP)),
         "gsop_resnet26_net1.untrained": _cfg(**_GSOP),
+        **with_timm_weights("gsop_resnet26_net2", "resnet26.bt_in1k", _cfg(**_GSOP), new_head=True),
         "gsop_resnet26_net2.untrained": _cfg(**_GSOP),
+        **with_timm_weights("gsop_resnet34_net1", "resnet34.a1_in1k", _cfg(**_GSOP)),
         "gsop_resnet34_net1.untrained": _cfg(**_GSOP),
+        **with_timm_weights("gsop_resnet34_net2", "resnet34.a1_in1k", _cfg(**_GSOP), new_head=True),
         "gsop_resnet34_net2.untrained": _cfg(**_GSOP),
+        **with_timm_weights("gsop_resnet50_net1", "resnet50.a1_in1k", _cfg(**_GSOP)),
         "gsop_resnet50_net1.untrained": _cfg(**_GSOP),
         "gsop_resnet50_net2.isqrt_in1k": _isqrt_in1k("gsop_resnet50_net2.isqrt_in1k", **_GSOP),
         "gsop_resnet50_net2.untrained": _cfg(**_GSOP),
+        **with_timm_weights("gsop_resnet101_net1", "resnet101.a1h_in1k", _cfg(**_GSOP)),
         "gsop_resnet101_net1.untrained": _cfg(**_GSOP),
         "gsop_resnet101_net2.isqrt_in1k": _isqrt_in1k("gsop_resnet101_net2.isqrt_in1k", **_GSOP),
         "gsop_resnet101_net2.untrained": _cfg(**_GSOP),
+        **with_timm_weights("gsop_resnet152_net1", "resnet152.a1h_in1k", _cfg(**_GSOP)),
         "gsop_resnet152_net1.untrained": _cfg(**_GSOP),
+        **with_timm_weights("gsop_resnet152_net2", "resnet152.a1h_in1k", _cfg(**_GSOP), new_head=True),
         "gsop_resnet152_net2.untrained": _cfg(**_GSOP),
+        **with_timm_weights("isqrt_resnet26", "resnet26.bt_in1k", _cfg(**_ISQRT), new_head=True),
         "isqrt_resnet26.untrained": _cfg(**_ISQRT),
         "isqrt_resnet50.in1k": _isqrt_in1k("isqrt_resnet50.in1k", **_ISQRT),
         "isqrt_resnet50.untrained": _cfg(**_ISQRT),
         "isqrt_resnet101.in1k": _isqrt_in1k("isqrt_resnet101.in1k", **_ISQRT),
         "isqrt_resnet101.untrained": _cfg(**_ISQRT),
+        **with_timm_weights("mpncov_resnet50", "resnet50.a1_in1k", _cfg(**_MPN), new_head=True),
         "mpncov_resnet50.untrained": _cfg(**_MPN),
     }
 )

@@ -32,7 +32,10 @@ from timm_gsop.insert import attach_gsop
 from timm_gsop.layers import GsopBlock
 from timm_gsop.models.build import build_model
 from timm_gsop.models.gsop_mixin import GsopMixin
-from timm_gsop.models.gsop_resnet import GsopResNet
+from timm_gsop.models.gsop_resnet import GsopResNet, checkpoint_filter_fn
+from timm_gsop.models.timm_weights import with_timm_weights
+from timm_gsop.pretrained.checkpoint import Weights
+from timm_gsop.pretrained.neutral import NEUTRAL_GAIN, neutral_start
 
 __all__ = ["GsopDenseNet", "GsopInceptionV3"]  # register_model adds the entry points
 
@@ -92,7 +95,9 @@ class GsopDenseNet(SmallestImageMixin, GsopMixin, DenseNet):
         """Put a block before a stage's transition, or after the last batch normalization."""
         block = GsopBlock(create(self.feature_info[stage]["num_chs"]))
         if stage < self.num_stages:
-            attach_gsop(block, self.get_submodule(f"features.transition{stage}"), in_front=True)
+            transition: Any = self.get_submodule(f"features.transition{stage}")
+            attach_gsop(block, transition, in_front=True)
+            transition.norm.eps *= NEUTRAL_GAIN**2  # so that a neutral block changes nothing, in training either
         else:
             attach_gsop(block, self.get_submodule("features.norm5"))
 
@@ -170,6 +175,19 @@ class GsopInceptionV3(SmallestImageMixin, GsopMixin, InceptionV3):
         return self.forward_head(self.forward_features(x))
 
 
+def filter_without_aux(weights: Weights, model: GsopDenseNet | GsopInceptionV3) -> Weights:
+    """Fit timm's weights to a network: blocks that they lack start neutral, auxiliary logits are left out.
+
+    Args:
+        weights: By the network's names.
+        model: The network; its new blocks' weights are changed.
+
+    Returns:
+        Weights with which the network computes what theirs did.
+    """
+    return neutral_start(model, {name: value for name, value in weights.items() if not name.startswith("AuxLogits.")})
+
+
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": 1000,
@@ -199,11 +217,21 @@ _INCEPTION = dict(
 
 default_cfgs = generate_default_cfgs(
     {
+        **with_timm_weights("gsop_resnext50_32x4d_net1", "resnext50_32x4d.a1h_in1k", _cfg(**_RESNEXT)),
         "gsop_resnext50_32x4d_net1.untrained": _cfg(**_RESNEXT),
+        **with_timm_weights("gsop_resnext50_32x4d_net2", "resnext50_32x4d.a1h_in1k", _cfg(**_RESNEXT), new_head=True),
         "gsop_resnext50_32x4d_net2.untrained": _cfg(**_RESNEXT),
+        **with_timm_weights("gsop_densenet121_net1", "densenet121.ra_in1k", _cfg(**_DENSENET), same_function=True),
         "gsop_densenet121_net1.untrained": _cfg(**_DENSENET),
+        **with_timm_weights(
+            "gsop_densenet121_net2", "densenet121.ra_in1k", _cfg(**_DENSENET), new_head=True, same_function=True
+        ),
         "gsop_densenet121_net2.untrained": _cfg(**_DENSENET),
+        **with_timm_weights("gsop_inception_v3_net1", "inception_v3.tv_in1k", _cfg(**_INCEPTION), same_function=True),
         "gsop_inception_v3_net1.untrained": _cfg(**_INCEPTION),
+        **with_timm_weights(
+            "gsop_inception_v3_net2", "inception_v3.tv_in1k", _cfg(**_INCEPTION), new_head=True, same_function=True
+        ),
         "gsop_inception_v3_net2.untrained": _cfg(**_INCEPTION),
     }
 )
@@ -211,23 +239,29 @@ default_cfgs = generate_default_cfgs(
 _RESNEXT50: dict[str, Any] = dict(block=Bottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
 
 
+def _create_gsop_resnext(variant: str, pretrained: bool, **kwargs: Any) -> GsopResNet:
+    return build_model(GsopResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
 @register_model
 def gsop_resnext50_32x4d_net1(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
     """GSoP-Net1 on ResNeXt-50 32x4d: GSoP blocks after all stages, average pooling."""
     model_args = dict(_RESNEXT50, gsop_layers=(1, 2, 3, 4), global_pool="avg")
-    return build_model(GsopResNet, "gsop_resnext50_32x4d_net1", pretrained, **dict(model_args, **kwargs))
+    return _create_gsop_resnext("gsop_resnext50_32x4d_net1", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def gsop_resnext50_32x4d_net2(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
     """GSoP-Net2 on ResNeXt-50 32x4d: GSoP blocks after the first three stages, iSQRT-COV pooling."""
     model_args = dict(_RESNEXT50, gsop_layers=(1, 2, 3), global_pool="isqrt")
-    return build_model(GsopResNet, "gsop_resnext50_32x4d_net2", pretrained, **dict(model_args, **kwargs))
+    return _create_gsop_resnext("gsop_resnext50_32x4d_net2", pretrained, **dict(model_args, **kwargs))
 
 
 def _create_gsop_densenet(variant: str, pretrained: bool, **kwargs: Any) -> GsopDenseNet:
     feature_cfg = dict(flatten_sequential=True)  # as timm's DenseNet: its levels are inside a sequence
-    return build_model(GsopDenseNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build_model(
+        GsopDenseNet, variant, pretrained, pretrained_filter_fn=filter_without_aux, feature_cfg=feature_cfg, **kwargs
+    )
 
 
 @register_model
@@ -244,15 +278,19 @@ def gsop_densenet121_net2(pretrained: bool = False, **kwargs: Any) -> GsopDenseN
     return _create_gsop_densenet("gsop_densenet121_net2", pretrained, **dict(model_args, **kwargs))
 
 
+def _create_gsop_inception_v3(variant: str, pretrained: bool, **kwargs: Any) -> GsopInceptionV3:
+    return build_model(GsopInceptionV3, variant, pretrained, pretrained_filter_fn=filter_without_aux, **kwargs)
+
+
 @register_model
 def gsop_inception_v3_net1(pretrained: bool = False, **kwargs: Any) -> GsopInceptionV3:
     """GSoP-Net1 on Inception-v3: GSoP blocks after all three stages, average pooling."""
     model_args = dict(gsop_layers=(1, 2, 3), global_pool="avg")
-    return build_model(GsopInceptionV3, "gsop_inception_v3_net1", pretrained, **dict(model_args, **kwargs))
+    return _create_gsop_inception_v3("gsop_inception_v3_net1", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def gsop_inception_v3_net2(pretrained: bool = False, **kwargs: Any) -> GsopInceptionV3:
     """GSoP-Net2 on Inception-v3: GSoP blocks after the first two stages, iSQRT-COV pooling."""
     model_args = dict(gsop_layers=(1, 2), global_pool="isqrt")
-    return build_model(GsopInceptionV3, "gsop_inception_v3_net2", pretrained, **dict(model_args, **kwargs))
+    return _create_gsop_inception_v3("gsop_inception_v3_net2", pretrained, **dict(model_args, **kwargs))

@@ -1,13 +1,13 @@
 """Where a network's pretrained weights are: in the package, on the Hugging Face Hub, or at their origin."""
 
-import hashlib
 import logging
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -17,19 +17,11 @@ from huggingface_hub.errors import (
 from timm.models import PretrainedCfg
 from torch.hub import download_url_to_file
 
-__all__ = ["HUB_ORGANISATION", "hub_id", "is_origin", "locate_weights", "shipped"]
+from timm_gsop.pretrained.digests import SHIPPED, known_digest, sha256_of
 
-HUB_ORGANISATION = "timm-gsop"
-"""Owner of our repositories on the Hub."""
-
-SHIPPED = Path(__file__).parent / "shipped"
+__all__ = ["is_origin", "locate_weights", "shipped"]
 
 _logger = logging.getLogger(__name__)
-
-
-def hub_id(model: str) -> str:
-    """The Hub's whole id of one of our models, ``"gsop_resnet50_net2.isqrt_in1k"`` for one."""
-    return f"{HUB_ORGANISATION}/{model}"
 
 
 def shipped(model: str) -> str:
@@ -41,8 +33,10 @@ def locate_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> P
     """Find the weights of a pretrained configuration, and download them if they are not cached.
 
     A file that the configuration names (those that ship with this package do) comes first, then its repository on the
-    Hub; if that does not exist, its origin. The digest that the Hub states of a file, and the one in an origin's file
-    name, are checked each time, for cached files too.
+    Hub; if that does not exist, its origin. Files are checked at each load, cached ones too: against the digest that
+    this package holds (see :mod:`timm_gsop.pretrained.digests`), the one that the Hub states, or the head of it in an
+    origin's file name. A damaged file in a cache is downloaded again. Files are replaced in one step, so that processes
+    may do this at the same time.
 
     Args:
         cfg: The configuration.
@@ -53,20 +47,57 @@ def locate_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> P
         folder, and addresses whose file names have no digest.
 
     Raises:
-        RuntimeError: If the weights are neither cached nor to be had, or are not what their digest says.
+        RuntimeError: If the weights are neither cached nor available, or are not what their digest says.
     """
-    if cfg.state_dict or cfg.file or cfg.source == "local-dir":
+    if cfg.state_dict or cfg.source == "local-dir":
+        return None
+    if cfg.file:
+        _check_shipped(Path(cfg.file))
         return None
     if cfg.hf_hub_id and not cfg.hf_hub_filename:
         try:
-            path = _from_hub(cfg.hf_hub_id, cache_dir)
+            return _from_hub(cfg.hf_hub_id, cache_dir)
+        except _DamagedError:
+            raise
         except Exception as error:  # of HTTP libraries, too, which differ with the client's version
             return _without_the_hub(cfg, cache_dir, error)
-        blob = path.resolve()  # the Hub's cache names large files by their SHA-256
-        if re.fullmatch("[0-9a-f]{64}", blob.name):
-            _check_digest(blob, blob.name)
-        return path
     return _from_origin(cfg, cache_dir) if _digest_in(cfg.url) else None
+
+
+class _DamagedError(RuntimeError):
+    """A file is not what its digest says."""
+
+    def __init__(self, path: Path, digest: str, what_now: str) -> None:
+        super().__init__(f"{path} was damaged: its SHA-256 is {_sha256_if_there(path)}, not {digest}. {what_now}")
+
+
+def _check_shipped(path: Path) -> None:
+    digest = known_digest(path)
+    if digest and path.exists() and not _is(path, digest):
+        raise _DamagedError(path, digest, "It is part of timm-gsop: install the package again.")
+
+
+def _from_hub(hub_id: str, cache_dir: str | Path | None) -> Path:
+    repo_id, _, revision = hub_id.partition("@")
+    where: Any = dict(repo_id=repo_id, filename="model.safetensors", revision=revision or None, cache_dir=cache_dir)
+    was_cached = isinstance(try_to_load_from_cache(**where), str)
+    path = Path(hf_hub_download(**where))
+    digest = known_digest(hub_id) or _stated_digest(path)
+    if was_cached and not _is(path, digest):
+        _logger.warning("%s was damaged: it is downloaded again", path)
+        try:
+            path = Path(hf_hub_download(**where, force_download=True))
+        except Exception as error:
+            raise _removed(path, digest) from error
+    if not _is(path, digest):
+        raise _removed(path, digest)
+    return path
+
+
+def _stated_digest(path: Path) -> str:
+    """What the Hub said: its cache names large files by their SHA-256."""
+    name = path.resolve().name
+    return name if re.fullmatch("[0-9a-f]{64}", name) else ""
 
 
 def _without_the_hub(cfg: PretrainedCfg, cache_dir: str | Path | None, error: Exception) -> Path | None:
@@ -85,20 +116,21 @@ def _without_the_hub(cfg: PretrainedCfg, cache_dir: str | Path | None, error: Ex
     raise _unavailable(cfg, error) from error
 
 
-def _from_hub(hub_id: str, cache_dir: str | Path | None) -> Path:
-    repo_id, _, revision = hub_id.partition("@")
-    return Path(hf_hub_download(repo_id, "model.safetensors", revision=revision or None, cache_dir=cache_dir))
-
-
 def _from_origin(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
-    path = _origin_file(str(cfg.url), cache_dir)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            download_url_to_file(str(cfg.url), str(path), hash_prefix=_digest_in(cfg.url), progress=False)
-        except (OSError, RuntimeError) as error:
+    path, digest = _origin_file(str(cfg.url), cache_dir), _digest_in(cfg.url)
+    was_cached = path.exists()
+    if was_cached and _is(path, digest):
+        return path
+    if was_cached:
+        _logger.warning("%s was damaged: it is downloaded again", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:  # to a name of its own, checked, then renamed
+        download_url_to_file(str(cfg.url), str(path), hash_prefix=digest, progress=False)
+    except (OSError, RuntimeError) as error:
+        if was_cached and not _is(path, digest):  # another process may have brought it
+            raise _removed(path, digest) from error
+        if not was_cached and not path.exists():
             raise _unavailable(cfg, error) from error
-    _check_digest(path, _digest_in(cfg.url))
     return path
 
 
@@ -116,32 +148,40 @@ def _digest_in(url: str | tuple[str, str] | None) -> str:
 
 def is_origin(path: Path, url: str | tuple[str, str] | None) -> bool:
     """Whether a file is the one at an address, by the digest in the address."""
-    return bool(_digest_in(url)) and _sha256(path).startswith(_digest_in(url))
+    return bool(_digest_in(url)) and _is(path, _digest_in(url))
 
 
-def _check_digest(path: Path, digest: str) -> None:
-    found = _sha256(path)
-    if not found.startswith(digest):
-        path.unlink()
-        raise RuntimeError(
-            f"{path} was damaged: its SHA-256 is {found}, not {digest}. It has been removed; the next try downloads it."
-        )
+def _is(path: Path, digest: str) -> bool:
+    """Whether a file has a digest, of which the head is enough; any file has ""."""
+    return not digest or _sha256_if_there(path).startswith(digest)
 
 
-def _sha256(path: Path) -> str:
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            sha256.update(part)
-    return sha256.hexdigest()
+def _sha256_if_there(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except FileNotFoundError:  # another process has just removed it
+        return "that of no file"
+
+
+def _removed(path: Path, digest: str) -> _DamagedError:
+    error = _DamagedError(path, digest, "It has been removed; the next try downloads it.")
+    path.resolve().unlink(missing_ok=True)  # behind the link that the Hub's cache makes
+    return error
 
 
 def _unavailable(cfg: PretrainedCfg, cause: Exception) -> RuntimeError:
     places = " or ".join(place for place in (cfg.hf_hub_id and f"the Hub as {cfg.hf_hub_id}", cfg.url) if place)
     name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.hf_hub_id
     reason = str(cause).strip().splitlines()
+    what_now = "Connect to the network and try again"
+    if isinstance(cause, GatedRepoError):
+        repo_id = str(cfg.hf_hub_id).partition("@")[0]
+        what_now = (
+            f"The repository is gated: accept its conditions at https://huggingface.co/{repo_id}, and log in with "
+            "`hf auth login`"
+        )
     return RuntimeError(
-        f"The pretrained weights of {name} are not cached and cannot be had from {places}. Connect "
-        f"to the network and try again, or pass a copy: pretrained_cfg_overlay=dict(file='PATH'). The cause: "
+        f"The pretrained weights of {name} are not cached and cannot be had from {places}. {what_now}, or pass a copy: "
+        f"pretrained_cfg_overlay=dict(file='PATH'). The cause: "
         f"{type(cause).__name__}: {reason[0] if reason else ''}"
     )

@@ -1,0 +1,214 @@
+"""What a conversion starts from: a checkpoint of train.py's, a folder of timm's saver, or a pretrained name."""
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import yaml
+from timm.data import resolve_input_data_config
+from timm.models import PretrainedCfg, get_pretrained_cfg
+from timm.models.densenet import DenseNet
+from timm.models.inception_v3 import InceptionV3
+from timm.models.resnet import ResNet
+
+from timm_gsop.hub.hub_folder import is_ours
+from timm_gsop.pretrained.checkpoint import Weights, read_checkpoint
+
+__all__ = ["Base", "find_base"]
+
+PREPROCESSING = ("input_size", "img_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+"""train.py's arguments that say what a network was trained on."""
+
+_logger = logging.getLogger(__name__)
+
+
+class Base(NamedTuple):
+    """Weights, and what is known of them.
+
+    Attributes:
+        name: What they are called: a model's name with its tag, or the file or folder.
+        weights: By timm's names.
+        architecture: Registered name of their network, if it is known.
+        model_kwargs: Arguments of their network.
+        reduction: Stride of their network's last features, if it is known.
+        data_config: Preprocessing that they were trained with, as far as it is known; None if nothing is.
+        labels: ``label_names`` and ``label_descriptions``, where the folder has them.
+        description: What they are, in words.
+        license: Identifier of their licence.
+        origin_url: Where they come from.
+        provenance: What is said of a network with these weights, where it is known as a whole.
+        same_arguments: Whether the arguments are those of every network for these weights.
+    """
+
+    name: str
+    weights: Weights
+    architecture: str | None = None
+    model_kwargs: dict[str, Any] | None = None
+    reduction: int | None = None
+    data_config: dict[str, Any] | None = None
+    labels: dict[str, Any] | None = None
+    description: str = ""
+    license: str | None = None
+    origin_url: str | None = None
+    provenance: PretrainedCfg | None = None
+    same_arguments: bool = False
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether their network is one of this package."""
+        return self.architecture is not None and is_ours(self.architecture)
+
+    def arguments_for(self, model_name: str) -> dict[str, Any]:
+        """Arguments of a network for these weights: those of their own, and what shows in their shapes."""
+        if self.same_arguments:
+            return dict(self.model_kwargs or {})
+        cfg = get_pretrained_cfg(model_name)
+        kwargs = dict(self.model_kwargs or {}) if self.architecture == model_name else {}
+        for key, name, dim in (("num_classes", cfg.classifier, 0), ("in_chans", cfg.first_conv, 1)):
+            if (weight := self.weights.get(f"{name}.weight")) is not None:
+                kwargs[key] = weight.shape[dim]
+        return kwargs
+
+    def reduction_in(self, target: Any) -> int:
+        """Stride of their network's last features; where it is not known, what the weights' names tell."""
+        if self.reduction is not None:
+            return self.reduction
+        of_ours = [name for name in target.state_dict() if ".gsop." in name or ".se." in name or "global_pool." in name]
+        if not any(name in self.weights for name in of_ours):
+            return 32  # a ResNet of timm
+        return target.feature_info[-1]["reduction"]
+
+    def preprocessing(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """The preprocessing that they were trained with; where it is not known, the default of the network's name.
+
+        Args:
+            model: The network that they were loaded into.
+            given: What the user says of it, which comes first.
+        """
+        if self.data_config is not None:
+            return {**self.data_config, **given}
+        name = model.pretrained_cfg["architecture"]
+        config = resolve_input_data_config(model, args=given, pretrained_cfg=get_pretrained_cfg(name).to_dict())
+        if not given:
+            _logger.warning(
+                "No args.yaml is beside %s: its preprocessing is taken to be the default of %s, %s. --input-size, "
+                "--mean and --std say otherwise.",
+                self.name,
+                name,
+                ", ".join(f"{key} {config[key]}" for key in ("input_size", "mean", "std")),
+            )
+        return _of_config(config)
+
+    def provenance_in(self, model_name: str) -> PretrainedCfg | None:
+        """What is said of a network that starts from these weights; nothing of one that the user trained himself."""
+        if self.provenance is not None or (self.architecture == model_name and self.origin_url is None):
+            return self.provenance
+        blocks = "" if self.architecture == model_name else ", with GSoP blocks that are untrained"
+        return PretrainedCfg(
+            architecture=model_name,
+            tag="converted",
+            description=f"Built upon {self.description}{blocks}.",
+            license=self.license,
+            origin_url=self.origin_url,
+        )
+
+
+def find_base(checkpoint: str) -> Base:
+    """Read weights that timm saved, or has.
+
+    Args:
+        checkpoint: A file, a folder, or the name of a model.
+
+    Raises:
+        ValueError: If it is none of these, or cannot be read.
+    """
+    if Path(checkpoint).is_dir():
+        return _from_folder(Path(checkpoint))
+    if Path(checkpoint).is_file():
+        return _from_file(Path(checkpoint))
+    if timm.is_model(checkpoint.partition(".")[0]):
+        return _from_name(checkpoint)
+    raise ValueError(f"checkpoint={checkpoint!r} is neither a file nor a model of timm.")
+
+
+def _from_name(name: str) -> Base:
+    cfg = get_pretrained_cfg(name)
+    model = timm.create_model(name, pretrained=True)
+    if not isinstance(model, ResNet | DenseNet | InceptionV3):
+        raise ValueError(
+            f"checkpoint={name!r} is no ResNet, DenseNet or Inception-v3; accepted: those of timm, and our networks."
+        )
+    whole_name = f"{cfg.architecture}.{cfg.tag}"
+    return Base(
+        whole_name,
+        model.state_dict(),
+        cfg.architecture,
+        reduction=model.feature_info[-1]["reduction"],
+        data_config=_of_config(model.pretrained_cfg),
+        description=whole_name if is_ours(name) else f"timm's {whole_name}",
+        license=cfg.license,
+        origin_url=cfg.origin_url if is_ours(name) else f"https://huggingface.co/timm/{whole_name}",
+    )
+
+
+def _from_folder(folder: Path) -> Base:
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except Exception as error:  # safetensors', PyTorch's, timm's: each means that the folder is no model
+        reason = str(error).strip().splitlines() or [""]
+        raise ValueError(
+            f"checkpoint={str(folder)!r} does not load; accepted: a folder that timm's save_for_hf wrote. "
+            f"{type(error).__name__}: {reason[0]}"
+        ) from error
+    cfg = model.pretrained_cfg
+    labels = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
+    return Base(
+        str(folder),
+        model.state_dict(),
+        cfg["architecture"],
+        {key: value for key, value in model.pretrained_model_args.items() if key not in ("num_classes", "in_chans")},
+        reduction=model.feature_info[-1]["reduction"],
+        data_config=_of_config(cfg),
+        labels=labels or None,
+        description=f"a {cfg['architecture']} of one's own, {folder.name}",
+    )
+
+
+def _from_file(path: Path) -> Base:
+    weights = read_checkpoint(path)
+    args = _read_args(path.with_name("args.yaml"))
+    name = str(args.get("model", "")).partition(".")[0]
+    if not timm.is_model(name):
+        return Base(str(path), weights, description=f"the weights in {path.name}")
+    kwargs = dict(args.get("model_kwargs") or {})
+    if args.get("gp"):
+        kwargs["global_pool"] = args["gp"]
+    given = {key: args[key] for key in PREPROCESSING if args.get(key) is not None}
+    in_chans = args.get("in_chans") or (given["input_size"][0] if "input_size" in given else None)
+    with torch.device("meta"):
+        model = timm.create_model(name, **{**kwargs, **({} if in_chans is None else {"in_chans": in_chans})})
+    config = resolve_input_data_config(model, args=given, pretrained_cfg=get_pretrained_cfg(args["model"]).to_dict())
+    return Base(
+        str(path),
+        weights,
+        name,
+        kwargs,
+        reduction=model.feature_info[-1]["reduction"],
+        data_config=_of_config(config),
+        description=f"a {name} trained with timm's train.py, {path.name}",
+    )
+
+
+def _of_config(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: config[key] for key in PREPROCESSING if config.get(key) is not None}
+
+
+def _read_args(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return dict(yaml.safe_load(path.read_text()))
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read; accepted: what timm's train.py writes.") from error

@@ -1,0 +1,57 @@
+"""Weights whose head is another one than the network's: they load without it."""
+
+import logging
+from typing import Any
+
+import torch
+
+from timm_gsop.pretrained.checkpoint import Weights
+
+__all__ = ["fit_head"]
+
+REDUCTION = "global_pool.reduction.conv.weight"
+
+_logger = logging.getLogger(__name__)
+
+
+def fit_head(weights: Weights, model: Any, say: bool = True) -> Weights:
+    """Replace the head of weights by the network's own, untrained one where they differ in global pooling.
+
+    They differ if one has covariance pooling and the other has not, if its size is another one, or if the classifiers
+    read another number of features. Weights that are incomplete, or do not fit otherwise, are left as they are, for
+    timm to refuse.
+
+    Args:
+        weights: By the network's names.
+        model: One of our networks.
+        say: Whether to log, in one line, what is left out and what starts untrained.
+
+    Returns:
+        ``weights``, or all of them but the head, with the network's own.
+    """
+    own = model.state_dict()
+    classifier = model.classifier_name
+    theirs, ours = _shape_of_head(weights, classifier), _shape_of_head(own, classifier)
+    same_width = None in (theirs[1], ours[1]) or theirs[1] == ours[1]
+    if theirs[0] == ours[0] and same_width:
+        return weights
+
+    def in_head(name: str) -> bool:
+        return name.startswith(("global_pool.", f"{classifier}."))
+
+    left_out = sorted(filter(in_head, weights))
+    new = {name: value for name, value in own.items() if in_head(name)}
+    if say and (left_out or new):
+        _logger.warning(
+            "The weights are of a network with another head than global_pool=%r here. Left out: %s. Untrained: %s.",
+            model.global_pool.pool_type if hasattr(model.global_pool, "pool_type") else "",
+            ", ".join(left_out) or "nothing",
+            ", ".join(sorted(new)) or "nothing",
+        )
+    return {**{name: value for name, value in weights.items() if not in_head(name)}, **new}
+
+
+def _shape_of_head(weights: Weights, classifier: str) -> tuple[torch.Size | None, int | None]:
+    """Shape of covariance pooling's reduction, and features that the classifier reads; None where there is none."""
+    reduction, linear = weights.get(REDUCTION), weights.get(f"{classifier}.weight")
+    return (None if reduction is None else reduction.shape), (None if linear is None else linear.shape[1])
