@@ -12,7 +12,7 @@ from timm_gsop.viz.summary import read_summary
 from train_configs.recipes import after
 
 FOLDER = Path(__file__).parent
-PLAN, RESULTS, MEASURED = FOLDER / "plan.yaml", FOLDER / "results", FOLDER / "measured.json"
+PLAN, RESULTS = FOLDER / "plan.yaml", FOLDER / "results"
 CONFIGS = FOLDER.parent / "train_configs"
 ROW_KEYS = {"recipe", "epochs", "seeds", "seconds", "options", "same_time_as"}
 GROUP_KEYS = ROW_KEYS - {"same_time_as"} | {"what", "rows", "milestones", "lrs", "lr_from", "references"}
@@ -53,12 +53,17 @@ class Run:
         return {**yaml.safe_load((CONFIGS / f"{self.recipe}.yaml").read_text()), **self.options, "epochs": self.epochs}
 
 
+def measured_beside(plan: Path) -> Path:
+    """Where ``--measure`` writes the speeds for a plan: plan.measured.json for plan.yaml."""
+    return plan.with_suffix(".measured.json")
+
+
 def load_plan(path: Path = PLAN, measured: Path | None = None) -> list[Run]:
     """Read the plan.
 
     Args:
         path: The file.
-        measured: What ``--measure`` wrote, seconds of an epoch by row; by default measured.json beside the plan.
+        measured: What ``--measure`` wrote, seconds of an epoch by row; by default the file beside the plan.
 
     Returns:
         All runs, in the order in which they are started.
@@ -66,7 +71,7 @@ def load_plan(path: Path = PLAN, measured: Path | None = None) -> list[Run]:
     Raises:
         ValueError: If the plan has an unknown key, or names a recipe or row that does not exist.
     """
-    measured = path.with_name(MEASURED.name) if measured is None else measured
+    measured = measured_beside(path) if measured is None else measured
     times = json.loads(measured.read_text()) if measured.exists() else {}
     groups: dict[str, list[Run]] = {}
     for name, group in yaml.safe_load(path.read_text())["groups"].items():

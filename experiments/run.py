@@ -5,8 +5,8 @@ After a kill, of a run or of this command, the same command resumes each run fro
 finished leaves its summary.csv and its arguments in experiments/results, to be committed. One that has not leaves
 nothing there. Runs that outlive this command keep a lock, so that a second command does not start them again.
 
-``--status`` says what is left. ``--measure`` trains a few batches of every network and writes measured.json, from which
-the estimates and the epochs of the rows of equal time are computed. Measure before the first run, never after it.
+``--status`` says what is left. ``--measure`` trains a few batches of every network and writes plan.measured.json, from
+which the estimates and the epochs of the rows of equal time are computed. Measure before the first run, never after it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from experiments.plan import CONFIGS, MEASURED, PLAN, RESULTS, Run, chosen_lr, epochs_done, load_plan, top1
+from experiments.plan import CONFIGS, PLAN, RESULTS, Run, chosen_lr, epochs_done, load_plan, measured_beside, top1
 
 ROOT = CONFIGS.parent
 ATTEMPTS = 2  # starts without a new epoch, after which a run has failed
@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "output/experiments", help="checkpoints and logs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="what finished runs leave, to be committed")
     parser.add_argument("--status", action="store_true", help="only say what is left")
-    parser.add_argument("--measure", action="store_true", help=f"measure seconds of an epoch, into {MEASURED.name}")
+    parser.add_argument("--measure", action="store_true", help="measure the speed of all rows, or --only some")
     args = parser.parse_args(argv)
     try:
         runs = select(load_plan(args.plan), args.only)
@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.measure:
         if any(folders.results.rglob("*.csv")):
             parser.error(f"{args.results} has results already; measure before the first run, not after it")
-        measure(runs, folders, args.jobs, args.device, args.threads, args.plan.with_name(MEASURED.name))
+        measure(runs, folders, args.jobs, args.device, args.threads, measured_beside(args.plan))
     elif failed := run_all(runs, folders, args.jobs, args.device, args.threads):
         sys.exit(f"failed, see log.txt in {folders.output}: {', '.join(failed)}")
 

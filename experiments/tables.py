@@ -1,6 +1,7 @@
 """Tables of the runs that have finished: python -m experiments.tables, for docs/results.md.
 
-``--csv FILE`` writes every run in the format of timm's results. A run that has not finished is in neither.
+``--csv FILE`` writes every run in the format of timm's results; ``--figure FILE`` draws accuracy against time, each row
+a point. A run that has not finished is in none of them.
 """
 
 import argparse
@@ -10,15 +11,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import yaml
 
 import timm_gsop  # noqa: F401  # registers the networks
-from experiments.plan import MEASURED, PLAN, RESULTS, Run, load_plan, top1
+from experiments.plan import PLAN, RESULTS, Run, load_plan, measured_beside, top1
 from experiments.run import network
+from timm_gsop.viz.figure import new_figure, save_figure
 from timm_gsop.viz.summary import read_summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
 
@@ -93,20 +98,48 @@ def timm_rows(runs: Sequence[Run], results: Path = RESULTS) -> list[dict[str, st
     return sorted(rows, key=lambda row: -float(row["top1"]))
 
 
+def draw_time(runs: Sequence[Run], results: Path, speeds: Mapping[str, Mapping[str, float]]) -> "Figure":
+    """Draw mean, lowest and highest accuracy against minutes of training; rows without speeds are left out.
+
+    Raises:
+        ModuleNotFoundError: Without matplotlib.
+    """
+    figure = new_figure(7, 4.5)
+    axes = figure.subplots()
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        if (accuracy := top1(run, results)) is not None and f"{run.group}/{run.row}" in speeds:
+            found.setdefault(run.row, []).append(accuracy)
+    rows = {run.row: run for run in runs}
+    for row, values in found.items():
+        minutes = rows[row].epochs * speeds[f"{rows[row].group}/{row}"]["epoch"] / 60
+        reach = [[mean(values) - min(values)], [max(values) - mean(values)]]
+        axes.errorbar(minutes, mean(values), yerr=reach, marker="o", capsize=3)
+        axes.annotate(row, (minutes, mean(values)), xytext=(6, 3), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="training (minutes, one thread)", ylabel="top-1 accuracy (%)")
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--csv", type=Path, help="all finished runs, in the format of timm's results")
+    parser.add_argument("--figure", type=Path, help="accuracy against time, of --group")
+    parser.add_argument("--group", default="scratch", help="the group that the figure shows")
     args = parser.parse_args(argv)
     runs = load_plan(args.plan)
-    measured = args.plan.with_name(MEASURED.name)
+    measured = measured_beside(args.plan)
     speeds = json.loads(measured.read_text()) if measured.exists() else {}
     for name, group in yaml.safe_load(args.plan.read_text())["groups"].items():
         lines = table([run for run in runs if run.group == name], group.get("references", ()), args.results, speeds)
         if len(lines) > 2:
             print(f"**{group['what']}**\n\n" + "\n".join(lines) + "\n")
+    if args.figure:
+        shown = [run for run in runs if run.group == args.group]
+        save_figure(draw_time(shown, args.results, speeds), args.figure, dpi=120)
     if args.csv:
         partial = args.csv.with_name(f"{args.csv.name}.partial")
         with partial.open("w", newline="") as file:

@@ -16,10 +16,10 @@ import timm
 import yaml
 from PIL import Image
 
-from experiments.plan import RESULTS, chosen_lr, epochs_done, load_plan, top1
+from experiments.plan import PLAN, RESULTS, chosen_lr, epochs_done, load_plan, top1
 from experiments.prepare import draw_all
 from experiments.run import main, speed_in
-from experiments.tables import COLUMNS, table, timm_rows
+from experiments.tables import COLUMNS, draw_time, table, timm_rows
 from timm_gsop.viz.summary import read_summary
 
 ROOT = Path(__file__).parents[1]
@@ -218,6 +218,26 @@ def test_tables_have_what_is_finished(tmp_path):
         )
     )
     assert len(found) == 4
+
+
+def test_the_figure_has_a_point_for_each_row_that_was_measured(tmp_path):
+    runs = load_plan(make_plan(tmp_path, a=group(dict(one={}, two={}), epochs=1)))
+    (tmp_path / "a").mkdir()
+    for run in runs:
+        (tmp_path / f"{run.name}.csv").write_text("epoch,eval_top1\n0,70.0\n")
+    figure = draw_time(runs, tmp_path, {"a/one": dict(epoch=90.0)})
+    (point,) = figure.axes[0].texts
+    assert (point.get_text(), *point.xy) == ("one", 1.5, 70.0)
+
+
+def test_networks_of_the_plan_with_a_gpu():
+    """Twice as many bottlenecks and more in the deeper ones; heads and dropout are those of their rows."""
+    runs = {f"{run.group}/{run.row}": run for run in load_plan(PLAN.with_name("plan_gpu.yaml"), Path("none"))}
+    assert all(run.epochs >= 60 for run in runs.values())
+    for name, run in runs.items():
+        if run.group == "scratch56":
+            assert run.settings["model"] == runs[name.replace("56", "")].settings["model"].replace("20", "56")
+            assert "options" not in run.options
 
 
 def test_speed_is_read_after_the_compiler_is_done():
