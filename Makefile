@@ -15,20 +15,20 @@ quickstart: $(VENV)/demo.done
 
 test: $(VENV)/test.done lint
 	$(RUN) -m tests.timm_source
-	$(RUN) -m pytest -n auto -m "not slow"
+	$(RUN) -m pytest -n auto --dist loadgroup -m "not slow"
 
 test-full: $(VENV)/test.done lint
 	$(RUN) -m tests.timm_source
-	$(RUN) -m pytest -n auto
+	$(RUN) -m pytest -n auto --dist loadgroup
 
 test-lowest: $(VENV)-lowest/test.done
 	$(VENV)-lowest/bin/python -m tests.timm_source
-	$(VENV)-lowest/bin/python -m pytest -n auto -m "not slow"
+	$(VENV)-lowest/bin/python -m pytest -n auto --dist loadgroup -m "not slow"
 
 test-latest: $(VENV)-latest/test.done
 	$(VENV)-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[test]"
 	$(VENV)-latest/bin/python -m tests.timm_source
-	$(VENV)-latest/bin/python -m pytest -n auto -m "not slow"
+	$(VENV)-latest/bin/python -m pytest -n auto --dist loadgroup -m "not slow"
 
 $(VENV)-lowest/test.done: WITH = "torch==2.5.*" "timm==1.0.31"
 $(VENV)-%/test.done: pyproject.toml
