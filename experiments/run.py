@@ -5,7 +5,7 @@ After a kill, of a run or of this command, the same command resumes each run fro
 finished leaves its summary.csv and its arguments in experiments/results, to be committed. One that has not leaves
 nothing there. Runs that outlive this command keep a lock, so that a second command does not start them again.
 
-``--status`` says what is left. ``--measure`` trains a few batches of every network and writes plan.measured.json, from
+``--status`` says what is left. ``--measure`` trains every network on a subset and writes plan.measured.json, from
 which the estimates and the epochs of the rows of equal time are computed. Measure before the first run, never after it.
 """
 
@@ -30,7 +30,6 @@ from experiments.plan import CONFIGS, PLAN, RESULTS, Run, chosen_lr, epochs_done
 
 ROOT = CONFIGS.parent
 ATTEMPTS = 2  # starts without a new epoch, after which a run has failed
-BATCHES = 40  # of a measurement
 SPLITS = dict(train_split="train", val_split="validation")  # options, and train.py's defaults
 POLL = 1.0  # seconds between looks at the processes
 
@@ -223,12 +222,16 @@ def say(text: str) -> None:
 
 
 def measure(runs: Sequence[Run], folders: Folders, jobs: int, device: str, threads: int, file: Path) -> None:
-    """Train a few batches of every network, ``jobs`` side by side, and write seconds of an epoch of every row."""
+    """Train every network on a subset, ``jobs`` side by side, and write seconds of an epoch of every row."""
     folders = replace(folders, output=folders.output / "measure")
     shutil.rmtree(folders.output, ignore_errors=True)
-    short = dict(train_batches_per_epoch=BATCHES, log_interval=1, val_interval=1, epochs=1)
+    short = dict(log_interval=1, val_interval=1, val_split="search_validation")
     networks = {network(run): run for run in reversed(runs)}
-    waiting = [replace(run, epochs=1, options={**run.options, **short}, lr_from=()) for run in networks.values()]
+    waiting = []
+    for run in networks.values():
+        subset = "train_5000_0" if run.settings["batch_size"] >= 128 else "train_1000_0"  # 39 or 31 batches
+        options = {**run.options, **short, "train_split": subset}
+        waiting.append(replace(run, epochs=1, options=options, lr_from=()))
     waiting.reverse()
     running: list[Job] = []
     speeds: dict[str, dict[str, float]] = {}
@@ -251,12 +254,14 @@ def measure(runs: Sequence[Run], folders: Folders, jobs: int, device: str, threa
         trained, tested = (count_images(folders.data / run.settings.get(key, name)) for key, name in SPLITS.items())
         seconds = trained / speed["train"] + tested / speed["test"] / run.settings.get("val_interval", 1)
         found[f"{run.group}/{run.row}"] = dict(speed, epoch=round(seconds, 1))
-    file.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    partial.replace(file)
 
 
 def network(run: Run) -> str:
     """What decides on a run's speed: its settings but for seed, data and schedule."""
-    other = ("epochs", "decay_milestones", "lr", "val_interval", "train_batches_per_epoch", "log_interval", *SPLITS)
+    other = ("epochs", "decay_milestones", "lr", "val_interval", "log_interval", *SPLITS)
     return json.dumps({key: value for key, value in run.settings.items() if key not in other}, sort_keys=True)
 
 

@@ -98,7 +98,7 @@ COMPILED = [name for name, run in RUNS.items() if run.settings.get("torchcompile
 def small_network(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments that make a network cheap, its parts all there."""
     if args.model == "second_order":
-        return dict(args.model_kwargs, backbone="convnext_atto")
+        return dict(args.model_kwargs, backbone="test_efficientnet")
     if "preresnet" in args.model:
         return dict(args.model_kwargs, depth=2)
     widths = (64, 64, 64, 64) if args.model_kwargs.get("flavor") == "official" else (16, 16, 32, 32)
