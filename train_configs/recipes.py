@@ -260,6 +260,112 @@ def cifar100() -> dict[str, Run]:
     return runs
 
 
+def cifar10() -> dict[str, Run]:
+    """CIFAR-10: the small networks, and a head or blocks on ImageNet weights (experiments/plan.yaml)."""
+    base: Settings = dict(
+        device_modules=["timm_gsop"],
+        num_classes=10,
+        input_size=[3, 32, 32],
+        mean=[0.4914, 0.4822, 0.4465],
+        std=[0.247, 0.2435, 0.2616],
+        crop_pct=1.0,
+        interpolation="bilinear",
+        train_interpolation="bilinear",
+        train_crop_mode="rkrr",
+        scale=[0.8, 1.25],
+        ratio=[1.0, 1.0],
+        color_jitter=0.0,
+        smoothing=0.0,
+        **SGD,
+        batch_size=128,
+        validation_batch_size=500,
+        lr=0.25,
+        epochs=7,
+        sched="multistep",
+        decay_milestones=after(4, 6),
+        decay_rate=0.1,
+        warmup_epochs=0,
+        amp=True,
+        amp_dtype="bfloat16",
+        channels_last=True,
+        torchcompile="inductor",
+        workers=1,
+        log_interval=100,
+        checkpoint_hist=1,
+    )
+    isqrt: Settings = dict(last_stride=1)
+    rows: dict[str, tuple[str, Settings, str]] = {
+        "preresnet20": ("preresnet20", {}, "vanilla"),
+        "preresnet20_stride1": (
+            "preresnet20",
+            dict(model_kwargs=dict(last_stride=1)),
+            "no down-sampling in the last stage, as in the networks with second-order pooling",
+        ),
+        "preresnet20_se": ("preresnet20", dict(model_kwargs=dict(attn_layer="se")), "timm's SE in every bottleneck"),
+        "preresnet20_isqrt": ("preresnet20", dict(gp="isqrt", model_kwargs=isqrt), "iSQRT-COV pooling"),
+        "preresnet20_isqrt_nodrop": (
+            "preresnet20",
+            dict(gp="isqrt", model_kwargs=dict(isqrt, isqrt_drop=0.0)),
+            "iSQRT-COV pooling without its dropout",
+        ),
+        "gsop_preresnet20_net1": ("gsop_preresnet20_net1", {}, "GSoP-Net1"),
+        "gsop_preresnet20_net2": ("gsop_preresnet20_net2", {}, "GSoP-Net2"),
+        "gsop_preresnet20_net2_nodrop": (
+            "gsop_preresnet20_net2",
+            dict(model_kwargs=dict(isqrt_drop=0.0)),
+            "GSoP-Net2 without its dropout",
+        ),
+    }
+    data = "Data: the folder that examples/cifar10_folder.py writes, or --dataset torch/cifar10 --dataset-download."
+    recipe = (
+        "The schedule of the paper's CIFAR-100 recipe (SGD, batch 128, weight decay 1e-4, lr 0.25 divided by 10 "
+        "twice), scaled from 110 epochs to what two CPU cores can do."
+    )
+    runs = {}
+    for name, (model, settings, what) in rows.items():
+        comment = f"CIFAR-10, pre-activation ResNet-20, {what}. {recipe} {data}"
+        runs[f"cifar10/{name}"] = Run(comment + SMALL, dict(model=model, **base, **settings))
+    transfer: Settings = dict(
+        device_modules=["timm_gsop"],
+        model="second_order",
+        model_kwargs=dict(backbone="tf_efficientnet_lite0", isqrt_dim=128),
+        gp="isqrt",
+        pretrained=True,
+        num_classes=10,
+        input_size=[3, 96, 96],
+        crop_pct=1.0,
+        interpolation="bicubic",
+        train_interpolation="bicubic",
+        train_crop_mode="rkrr",
+        scale=[0.8, 1.25],
+        ratio=[1.0, 1.0],
+        color_jitter=0.0,
+        smoothing=0.0,
+        opt="momentum",
+        momentum=0.9,
+        weight_decay=1e-4,
+        batch_size=32,
+        validation_batch_size=250,
+        lr=0.01,
+        epochs=15,
+        sched="cosine",
+        sched_on_updates=True,
+        warmup_epochs=0,
+        min_lr=0.0,
+        channels_last=True,
+        workers=1,
+        log_interval=100,
+        checkpoint_hist=1,
+    )
+    comment = (
+        "CIFAR-10 at 96 px, iSQRT-COV pooling on EfficientNet-Lite0 with its ImageNet weights. Our own recipe; "
+        "in float32, because CPUs without AMX compute its depthwise convolutions slowly in bfloat16. "
+        f"Offline, --pretrained-path takes the weights that experiments/prepare.py writes. {data}"
+    )
+    runs["cifar10/second_order"] = Run(comment + SMALL, transfer)
+    return runs
+
+
 def small() -> dict[str, Run]:
     """Fashion-MNIST and scikit-learn's digits, for laptops."""
     fashion_mnist: Settings = dict(
@@ -362,7 +468,8 @@ def fine_grained() -> dict[str, Run]:
         **dict(opt="adamw", weight_decay=0.05, batch_size=32, lr=5e-4, epochs=50, sched="cosine", warmup_epochs=5),
         **dict(warmup_lr=1e-6, min_lr=1e-6, amp=True, amp_dtype="bfloat16", channels_last=True),
         **head,
-        "model_kwargs": dict(backbone="convnext_tiny.in12k_ft_in1k", global_pool="isqrt", isqrt_dim=128),
+        "gp": "isqrt",
+        "model_kwargs": dict(backbone="convnext_tiny.in12k_ft_in1k", isqrt_dim=128),
     }
     networks = {
         "isqrt_resnet50": ("iSQRT-COV on ResNet-50", released),
@@ -391,7 +498,15 @@ def fine_grained() -> dict[str, Run]:
     return runs
 
 
-RUNS: dict[str, Run] = {**imagenet_1k(), **imagenet_250(), **cifar100(), **small(), **fine_tune(), **fine_grained()}
+RUNS: dict[str, Run] = {
+    **imagenet_1k(),
+    **imagenet_250(),
+    **cifar100(),
+    **cifar10(),
+    **small(),
+    **fine_tune(),
+    **fine_grained(),
+}
 """Every file, by its path without suffix."""
 
 

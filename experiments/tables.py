@@ -1,0 +1,153 @@
+"""Tables of the runs that have finished: python -m experiments.tables, for docs/results.md.
+
+``--csv FILE`` writes every run in the format of timm's results; ``--figure FILE`` draws accuracy against time, each row
+a point. A run that has not finished is in none of them.
+"""
+
+import argparse
+import csv
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import timm
+import yaml
+
+import timm_gsop  # noqa: F401  # registers the networks
+from experiments.plan import PLAN, RESULTS, Run, load_plan, measured_beside, top1
+from experiments.run import network
+from timm_gsop.viz.figure import new_figure, save_figure
+from timm_gsop.viz.summary import read_summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
+
+
+def parameters(run: Run) -> float:
+    """Millions of parameters of a run's network."""
+    settings = run.settings
+    kwargs: dict[str, Any] = dict(settings.get("model_kwargs", {}), num_classes=settings["num_classes"])
+    if "gp" in settings:
+        kwargs["global_pool"] = settings["gp"]
+    name = settings["model"]
+    model = timm.create_model(name if name == "second_order" else f"{name}.untrained", **kwargs)
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def table(
+    runs: Sequence[Run],
+    references: Sequence[str] = (),
+    results: Path = RESULTS,
+    speeds: Mapping[str, Mapping[str, float]] | None = None,
+) -> list[str]:
+    """A group of the plan as a table in Markdown: accuracy by seed, mean, spread, differences to other rows.
+
+    Args:
+        runs: Those of the group.
+        references: Rows from which differences are taken, seed by seed; times are relative to the first.
+        results: Folder of the finished runs.
+        speeds: Images a second in training and in test by row, as ``--measure`` found.
+    """
+    speeds = speeds or {}
+    rows: dict[str, dict[int, float]] = {}
+    first: dict[str, Run] = {}
+    planned = Counter(run.row for run in runs)
+    for run in runs:
+        first.setdefault(run.row, run)
+        if (accuracy := top1(run, results)) is not None:
+            rows.setdefault(run.row, {})[run.seed] = accuracy
+    heads = ["row", "recipe", "epochs", "parameters (M)", "training", "inference", "top-1 (%) of each seed"]
+    lines = [[*heads, "mean", "spread", *[f"minus {name}, each seed" for name in references]]]
+    lines.append(["---"] * len(lines[0]))
+    for row, found in rows.items():
+        run, values = first[row], list(found.values())
+        seeds = ", ".join(f"{value:.2f}" for value in values)
+        if missing := planned[row] - len(values):
+            seeds += f" ({missing} to come)"
+        cells = [row, f"[file](../train_configs/{run.recipe}.yaml)", str(run.epochs), f"{parameters(run):.3f}"]
+        own, unit = (speeds.get(f"{run.group}/{name}") for name in (row, references[0] if references else row))
+        cells += [f"{unit[kind] / own[kind]:.1f}×" if own and unit else "–" for kind in ("train", "test")]
+        cells += [seeds, f"{mean(values):.2f}", f"{max(values) - min(values):.2f}" if len(values) > 1 else "–"]
+        for name in references:
+            pairs = [found[seed] - rows[name][seed] for seed in found if seed in rows.get(name, {}) and name != row]
+            cells.append(", ".join(f"{pair:+.2f}" for pair in pairs) or "–")
+        lines.append(cells)
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def timm_rows(runs: Sequence[Run], results: Path = RESULTS) -> list[dict[str, str]]:
+    """Finished runs in the format of timm's results; ``model`` is group, row and seed."""
+    rows, counts = [], {}
+    for run in runs:
+        if top1(run, results) is None:
+            continue
+        key = network(run)
+        if key not in counts:
+            counts[key] = parameters(run)
+        summary, settings = read_summary(results / f"{run.name}.csv"), run.settings
+        best1, best5 = summary["eval_top1"][-1], summary["eval_top5"][-1]
+        figures = (best1, 100 - best1, best5, 100 - best5)
+        row = [run.name, settings["input_size"][-1], *[f"{figure:.3f}" for figure in figures], f"{counts[key]:.3f}"]
+        values = [*row, f"{settings['crop_pct']:.3f}", settings["interpolation"]]
+        rows.append(dict(zip(COLUMNS, map(str, values), strict=True)))
+    return sorted(rows, key=lambda row: -float(row["top1"]))
+
+
+def draw_time(runs: Sequence[Run], results: Path, speeds: Mapping[str, Mapping[str, float]]) -> "Figure":
+    """Draw mean, lowest and highest accuracy against minutes of training; rows without speeds are left out.
+
+    Raises:
+        ModuleNotFoundError: Without matplotlib.
+    """
+    figure = new_figure(7, 4.5)
+    axes = figure.subplots()
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        if (accuracy := top1(run, results)) is not None and f"{run.group}/{run.row}" in speeds:
+            found.setdefault(run.row, []).append(accuracy)
+    rows = {run.row: run for run in runs}
+    for row, values in found.items():
+        minutes = rows[row].epochs * speeds[f"{rows[row].group}/{row}"]["epoch"] / 60
+        reach = [[mean(values) - min(values)], [max(values) - mean(values)]]
+        axes.errorbar(minutes, mean(values), yerr=reach, marker="o", capsize=3)
+        axes.annotate(row, (minutes, mean(values)), xytext=(6, 3), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="training (minutes, one thread)", ylabel="top-1 accuracy (%)")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, default=PLAN)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--csv", type=Path, help="all finished runs, in the format of timm's results")
+    parser.add_argument("--figure", type=Path, help="accuracy against time, of --group")
+    parser.add_argument("--group", default="scratch", help="the group that the figure shows")
+    args = parser.parse_args(argv)
+    runs = load_plan(args.plan)
+    measured = measured_beside(args.plan)
+    speeds = json.loads(measured.read_text()) if measured.exists() else {}
+    for name, group in yaml.safe_load(args.plan.read_text())["groups"].items():
+        lines = table([run for run in runs if run.group == name], group.get("references", ()), args.results, speeds)
+        if len(lines) > 2:
+            print(f"**{group['what']}**\n\n" + "\n".join(lines) + "\n")
+    if args.figure:
+        shown = [run for run in runs if run.group == args.group]
+        save_figure(draw_time(shown, args.results, speeds), args.figure, dpi=120)
+    if args.csv:
+        partial = args.csv.with_name(f"{args.csv.name}.partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(timm_rows(runs, args.results))
+        partial.replace(args.csv)
+
+
+if __name__ == "__main__":
+    main()
