@@ -15,7 +15,7 @@ from timm_gsop.layers import ChannelGsop, FusedGsop, GsopBlock, OfficialFusedGso
 from timm_gsop.layers.gsop import Concatenation
 from timm_gsop.pretrained.checkpoint import Weights
 
-__all__ = ["NEUTRAL_GAIN", "neutral_start"]
+__all__ = ["NEUTRAL_GAIN", "neutral_start", "silence_blocks"]
 
 NEUTRAL_GAIN = 1.5
 """What a neutral block makes of its input in the paper flavor: x + x / 2."""
@@ -186,6 +186,38 @@ def _head_readers(model: Any) -> list[str]:
 
 def _read_by(names: list[str], inputs: slice = slice(None)) -> list[_Scaling]:
     return [_Scaling(name, 1 / NEUTRAL_GAIN, inputs) for name in names]
+
+
+@torch.no_grad()
+def silence_blocks(model: nn.Module) -> int:
+    """Let every GSoP block of a model scale by one half, whatever its input. Nothing else changes.
+
+    What remains shows what the blocks contribute. :func:`neutral_start` also makes up for the factor.
+
+    Args:
+        model: Any model; the weights of its blocks are changed.
+
+    Returns:
+        The number of blocks.
+
+    Raises:
+        ValueError: If a block of the official flavor has position-wise parts.
+
+    Example:
+        >>> import timm
+        >>> from timm_gsop.pretrained.neutral import silence_blocks
+        >>> model = timm.create_model("gsop_resnet26_net2", channels=(8, 16, 24, 32), cov_dim=8).eval()
+        >>> silence_blocks(model)
+        3
+        >>> model.layer1[-1].gsop.weights(torch.randn(1, 8 * 4, 6, 6)).unique()
+        tensor([0.5000])
+    """
+    kinds = ChannelGsop | PositionGsop | FusedGsop
+    parts = {id(part) for m in model.modules() if isinstance(m, FusedGsop) for part in (m.channel, m.position)}
+    blocks = [m for m in model.modules() if isinstance(m, kinds) and id(m) not in parts]
+    for block in blocks:
+        _silence(block)
+    return len(blocks)
 
 
 def _silence(gsop: nn.Module) -> None:
