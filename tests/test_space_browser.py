@@ -113,6 +113,12 @@ def figures(page) -> list[str]:
     return [pictures.nth(i).get_attribute("src") for i in range(2)]
 
 
+def screenshot(page, name: str) -> None:
+    """Keep a picture of the page, to be looked at: SCREENSHOTS=FOLDER make test-browser."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+
+
 def fits(page) -> bool:
     return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
@@ -132,14 +138,14 @@ def test_a_photo_and_another_network(page, demo, request):
     assert trained.inner_text() != first
     assert fits(page)
     assert not [path for path in demo[1].rglob("*") if path.is_file() and "flower" in path.name]  # nothing is kept
-    if folder := os.environ.get("SCREENSHOTS"):
-        page.screenshot(path=f"{folder}/{request.node.callspec.id}.png", full_page=True)
+    screenshot(page, f"photo-{request.node.callspec.id}")
 
 
-def test_a_picture_of_the_page(page):
+def test_a_picture_of_the_page(page, request):
     page.locator(".thumbnails button.thumbnail-item").first.click()
     sync_api.expect(page.locator("#trained-classes")).to_contain_text("Ankle boot")
     figures(page)
+    screenshot(page, f"example-{request.node.callspec.id}")
 
 
 def test_a_network_that_cannot_be_loaded(page):
