@@ -4,6 +4,7 @@
 # make dist         wheel and source archive in dist/, twice to see that they are the same, and the wheel tried alone
 # make demo         the demo page of hub/space on this machine alone; make test-browser tries it in Chromium
 # make fix          let ruff format and mend what it can
+# make docs         the documentation site in build/docs, warnings are errors; make docs-serve shows it on 127.0.0.1:8000
 # make figures      draw the figures of README and docs again, and their tables of what was measured
 
 PYTHON ?= python3
@@ -15,11 +16,11 @@ quickstart: $(VENV)/demo.done
 
 test: $(VENV)/test.done lint
 	$(RUN) -m tests.timm_source
-	$(RUN) -m pytest -n auto -m "not slow"
+	$(RUN) -m pytest -n auto --dist loadgroup -m "not slow"
 
 test-full: $(VENV)/browser.done lint
 	$(RUN) -m tests.timm_source
-	$(RUN) -m pytest -n auto
+	$(RUN) -m pytest -n auto --dist loadgroup
 
 # The tests look for chromium or google-chrome, or take $$CHROMIUM.
 test-browser: $(VENV)/browser.done
@@ -30,12 +31,12 @@ demo: $(VENV)/space.done
 
 test-lowest: $(VENV)-lowest/test.done
 	$(VENV)-lowest/bin/python -m tests.timm_source
-	$(VENV)-lowest/bin/python -m pytest -n auto -m "not slow"
+	$(VENV)-lowest/bin/python -m pytest -n auto --dist loadgroup -m "not slow"
 
 test-latest: $(VENV)-latest/test.done
 	$(VENV)-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[test]"
 	$(VENV)-latest/bin/python -m tests.timm_source
-	$(VENV)-latest/bin/python -m pytest -n auto -m "not slow"
+	$(VENV)-latest/bin/python -m pytest -n auto --dist loadgroup -m "not slow"
 
 $(VENV)-lowest/test.done: WITH = "torch==2.5.*" "timm==1.0.31"
 $(VENV)-%/test.done: pyproject.toml
@@ -66,8 +67,16 @@ fix: $(VENV)/test.done
 	$(RUN) -m ruff check --fix
 	$(RUN) -m ruff format
 
+docs: $(VENV)/docs.done
+	$(RUN) -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "wrote build/docs/index.html"
+
+docs-serve: docs
+	$(RUN) -m http.server --bind 127.0.0.1 --directory build/docs 8000
+
 figures: $(VENV)/demo.done
 	$(RUN) docs/figures/architecture.py
+	$(RUN) docs/figures/ankle_boot.py
 	$(RUN) docs/measured.py
 
 release-notes: $(VENV)/test.done
@@ -84,6 +93,7 @@ $(VENV)/%.done: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-latest .cache dist output
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-latest .cache build dist output
 
-.PHONY: quickstart test test-full test-lowest test-latest dist lint fix figures clean demo test-browser release-notes github-release
+.PHONY: quickstart test test-full test-browser test-lowest test-latest dist demo lint fix docs docs-serve figures clean \
+	release-notes github-release

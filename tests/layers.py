@@ -7,6 +7,8 @@ from torch import nn
 from timm_gsop.layers import (
     FLAVORS,
     GSOP_TYPES,
+    BilinearPool2d,
+    CompactBilinearPool2d,
     GsopBlock,
     IsqrtCovPool2d,
     MpnCovPool2d,
@@ -33,5 +35,7 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "isqrt": lambda **dd: IsqrtCovPool2d(CHANNELS, 8, **dd),
     "isqrt official": lambda **dd: OfficialIsqrtCovPool2d(CHANNELS, 8, **dd),
     "mpn": lambda **dd: MpnCovPool2d(CHANNELS, 8, **dd),
+    "bilinear": lambda **dd: BilinearPool2d(CHANNELS, 8, **dd),
+    "compact bilinear": lambda **dd: CompactBilinearPool2d(CHANNELS, 64, **dd),
 }
 LAYERS = {**SCALING_LAYERS, **BLOCKS, **HEADS}

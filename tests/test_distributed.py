@@ -14,7 +14,7 @@ NARROW = dict(channels=(8, 16, 24, 32), cov_dim=6, isqrt_dim=5, num_classes=4)
 NETWORKS = {
     "gsop_resnet26_net1": dict(NARROW),
     "gsop_resnet26_net2": dict(NARROW, gsop_type="concat", spatial_size=3),
-    "gsop_preresnet20_net2": dict(cov_dim=6, isqrt_dim=5, num_classes=4, drop_rate=0.0),
+    "gsop_preresnet20_net2": dict(cov_dim=6, isqrt_dim=5, num_classes=4, isqrt_drop=0.0),
 }
 
 

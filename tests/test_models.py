@@ -2,8 +2,8 @@
 
 import pytest
 import timm
+import timm.optim
 import torch
-from timm.models import model_parameters
 from timm.models.resnet import Bottleneck, ResNet
 
 from benchmarks.cost import measure
@@ -13,6 +13,7 @@ ALL_MODELS = timm.list_models(module=["gsop_resnet", "gsop_preresnet", "gsop_zoo
 # As small as the families get: narrow ResNets with all their parts, and the 20-layer networks.
 NARROW = dict(channels=(8, 16, 24, 32), num_classes=5, cov_dim=8, isqrt_dim=6)
 SMALL_MODELS = {
+    "gsop_resnet18_net2": NARROW,
     "gsop_resnet26_net1": NARROW,
     "gsop_resnet26_net2": NARROW,
     "isqrt_resnet26": NARROW,
@@ -43,7 +44,7 @@ def image(name: str, batch: int = 2, height: int = 64, width: int = 64) -> torch
 
 
 def test_every_promised_model_is_registered():
-    promised = {f"gsop_resnet{depth}_net{net}" for depth in (26, 50, 101, 152) for net in (1, 2)}
+    promised = {f"gsop_resnet{depth}_net{net}" for depth in (18, 26, 34, 50, 101, 152) for net in (1, 2)}
     promised |= {"isqrt_resnet26", "isqrt_resnet50", "isqrt_resnet101", "mpncov_resnet50", "isqrt_preresnet164"}
     promised |= {f"preresnet{depth}" for depth in (20, 56, 164)}
     promised |= {f"gsop_preresnet{depth}_net{net}" for depth in (20, 56, 164) for net in (1, 2)}
@@ -150,15 +151,11 @@ def test_arguments_reach_the_layers():
 
 
 @small_models
-@pytest.mark.parametrize("size", [(64, 64), (64, 96), (160, 64)])
+@pytest.mark.parametrize("size", [(32, 32), (64, 96), (160, 64)])
 def test_any_image_size(name, size):
-    model = create(name).eval()
-    assert model(image(name, 1, *size)).shape == (1, 5)
-
-
-@small_models
-def test_smallest_images(name):
-    assert create(name).eval()(torch.randn(1, 3, 32, 32)).isfinite().all()
+    logits = create(name).eval()(image(name, 1, *size))
+    assert logits.shape == (1, 5)
+    assert logits.isfinite().all()
 
 
 @small_models
@@ -170,7 +167,7 @@ def test_a_training_step_reaches_every_parameter(name):
 
 @small_models
 def test_grad_checkpointing_changes_nothing(name):
-    model = create(name, drop_rate=0.0).train()
+    model = create(name, drop_rate=0.0, isqrt_drop=0.0).train()
     x = image(name)
     gradients = []
     for enable in (False, True):
@@ -183,7 +180,7 @@ def test_grad_checkpointing_changes_nothing(name):
 
 
 @small_models
-@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", "isqrt", "mpn"])
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", "isqrt", "mpn", "bilinear", "compact_bilinear"])
 def test_every_global_pool(name, pool):
     model = create(name, global_pool=pool).eval()
     features = model.forward_features(image(name))
@@ -229,17 +226,63 @@ def test_features_only_out_indices(name):
             torch.testing.assert_close(feature, level)
 
 
+@pytest.mark.parametrize("indices", [0, 5, [4], [-5]])
+def test_bad_indices_are_refused_as_timm_refuses_them(indices):
+    model = create("gsop_preresnet20_net1").eval()
+    with pytest.raises(AssertionError, match="out of range"):
+        model.forward_intermediates(torch.randn(1, 3, 32, 32), indices=indices)
+    with pytest.raises(AssertionError, match="out of range"):
+        model.prune_intermediate_layers(indices)
+
+
 @small_models
 def test_in_chans(name):
     assert create(name, in_chans=1).eval()(image(name)[:, :1]).shape == (2, 5)
 
 
 @small_models
-def test_drop_rates(name):
-    model = create(name, drop_rate=0.9, drop_path_rate=0.5).train()
-    features = model.forward_features(image(name))
-    assert not torch.equal(model.forward_head(features), model.forward_head(features))
+def test_stochastic_depth(name):
+    model = create(name, drop_path_rate=0.5)
     assert any(isinstance(m, timm.layers.DropPath) for m in model.modules())
+
+
+def dropped(model: torch.nn.Module) -> float:
+    """Share of the features that dropout takes from the classifier in training."""
+    features = torch.rand(64, model.num_features, 7, 7) * torch.rand(64, model.num_features, 1, 1)
+    model.eval()
+    shown = model.forward_head(features, pre_logits=True) != 0
+    return (model.train().forward_head(features, pre_logits=True)[shown] == 0).float().mean().item()
+
+
+DROPS = [
+    ("preresnet20", {}, 0.0),
+    ("preresnet20", dict(global_pool="isqrt", drop_rate=0.0), 0.5),  # what train.py passes
+    ("gsop_preresnet20_net1", dict(drop_rate=0.3), 0.3),
+    ("gsop_preresnet20_net2", dict(drop_rate=0.0), 0.5),
+    ("gsop_preresnet20_net2", dict(drop_rate=0.5), 0.5),  # once, not twice
+    ("gsop_preresnet20_net2", dict(drop_rate=0.8), 0.8),
+    ("gsop_preresnet20_net2", dict(isqrt_drop=0.0), 0.0),
+    ("isqrt_resnet26", {}, 0.0),
+    ("isqrt_resnet26", dict(isqrt_drop=0.5), 0.5),
+    ("mpncov_resnet50", dict(isqrt_drop=0.5, drop_rate=0.2), 0.5),
+    ("gsop_resnet26_net1", dict(isqrt_drop=0.5, drop_rate=0.2), 0.2),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "share"), DROPS)
+def test_dropout_before_the_classifier(name, kwargs, share, tmp_path):
+    model = create(name, **kwargs)
+    assert dropped(model) == pytest.approx(share, abs=0.06)
+    if "drop_rate" not in kwargs:  # which timm does not save
+        timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+        assert dropped(timm.create_model(f"local-dir:{tmp_path}")) == pytest.approx(share, abs=0.06)
+
+
+def test_dropout_follows_the_pooling():
+    model = create("gsop_preresnet20_net2")
+    for pool, share in ((None, 0.5), ("avg", 0.0), ("mpn", 0.5)):
+        model.reset_classifier(3, pool)
+        assert dropped(model) == pytest.approx(share, abs=0.06)
 
 
 @small_models
@@ -260,6 +303,29 @@ def test_parameter_groups_follow_depth(name):
     assert groups["fc.weight"] == max(groups.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        *[(name, {}) for name in SMALL_MODELS],
+        *[("gsop_resnet26_net2", kwargs) for kwargs in VARIANTS.values()],
+        ("gsop_densenet121_net1", dict(growth_rate=8, block_config=(2, 2, 2, 2))),
+        ("gsop_densenet121_net2", dict(growth_rate=8, block_config=(2, 2, 2, 2))),
+        ("gsop_inception_v3_net1", {}),
+        ("gsop_inception_v3_net2", {}),
+    ],
+)
+def test_a_fine_grained_recipe_has_two_rates(name, kwargs):
+    """timm's ``--layer-decay 0.2 --layer-decay-min-scale 0.2``: the head learns five times as fast as the rest."""
+    model = timm.create_model(name, **{**SMALL_MODELS.get(name, {}), **kwargs})
+    groups = timm.optim.param_groups_layer_decay(model, layer_decay=0.2, min_scale=0.2)
+    names = {parameter: key for key, parameter in model.named_parameters()}
+    fast = {names[p] for group in groups if group["lr_scale"] == 1 for p in group["params"]}
+    assert {group["lr_scale"] for group in groups} == {0.2, 1}
+    assert fast == {key for key in names.values() if key.startswith(("global_pool.", "fc.", "classifier."))}
+    timm.optim.param_groups_layer_decay(model, layer_decay=0.2, min_scale=0.2, no_opt_scale=0.5)
+    assert fast == {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 @small_models
 def test_scriptable_gives_the_same(name):
     model = create(name, scriptable=True).eval()
@@ -267,15 +333,54 @@ def test_scriptable_gives_the_same(name):
     torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@small_models
-def test_he_initialization_again(name):
-    """``init_weights`` after the fact covers our layers too, as timm's does for its own (meta-device loading)."""
-    model = create(name)
-    for parameter in model_parameters(model):
-        torch.nn.init.constant_(parameter, 7.0)
+INITIALIZED = {
+    **{name: (name, {}) for name in SMALL_MODELS},
+    **{variant: ("gsop_resnet26_net2", kwargs) for variant, kwargs in VARIANTS.items()},
+    **{f"cifar-{kind}": ("gsop_preresnet20_net2", dict(gsop_type=kind, spatial_size=4)) for kind in GSOP_TYPES},
+    "zero_init_last-cifar": ("preresnet20", dict(zero_init_last=True)),
+    "zero_init_last-resnet": ("gsop_resnet26_net1", dict(zero_init_last=False)),
+    "attention-cifar": ("preresnet20", dict(attn_layer="se")),
+    "attention-resnet": ("gsop_resnet26_net1", dict(block_args=dict(attn_layer=ChannelGsop))),
+    "mpn": ("gsop_preresnet20_net1", dict(global_pool="mpn")),
+    "no classifier": ("gsop_preresnet20_net1", dict(num_classes=0)),
+    **{
+        f"densenet-{kind}": ("gsop_densenet121_net2", dict(growth_rate=8, block_config=(2, 2, 2), gsop_type=kind))
+        for kind in GSOP_TYPES
+    },
+    "inception": ("gsop_inception_v3_net2", dict(gsop_type="concat", cov_dim=16)),
+}
+
+
+@pytest.mark.parametrize("case", INITIALIZED)
+def test_init_weights_gives_what_construction_gives(case):
+    """Also to a model from the meta device, whose memory holds anything."""
+    name, kwargs = INITIALIZED[case]
+    kwargs = {**SMALL_MODELS.get(name, {}), "cov_dim": 16, "isqrt_dim": 16, **kwargs}
+    fresh = timm.create_model(name, **kwargs).eval()
+    with torch.device("meta"):
+        model = timm.create_model(name, **kwargs).eval()
+    model.to_empty(device="cpu")
+    for value in model.state_dict().values():
+        value.fill_(7)
     model.init_weights()
-    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert all((m.weight != 7.0).any() for m in convolutions)
+    for key, value in model.state_dict().items():
+        expected = fresh.state_dict()[key]
+        if expected.unique().numel() == 1:  # zero biases, batch normalization, zero_init_last
+            torch.testing.assert_close(value, expected, rtol=0, atol=0, msg=key)
+        else:
+            spread = 5 / expected.numel() ** 0.5
+            assert value.std().item() == pytest.approx(expected.std().item(), rel=spread), key
+            assert value.mean().item() == pytest.approx(0, abs=expected.std().item() * spread), key
+    fresh.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 96, 96)
+    torch.testing.assert_close(model(x), fresh(x))
+
+
+def test_zero_init_last_can_be_chosen_again():
+    model = create("gsop_resnet26_net1")
+    assert not model.layer1[0].bn3.weight.any()
+    model.init_weights(zero_init_last=False)
+    assert model.layer1[0].bn3.weight.all()
 
 
 @small_models
@@ -341,13 +446,40 @@ def test_every_kind_of_block_in_the_cifar_family(gsop_type):
         ("cov_dim", 0, "integer >= 1"),
         ("isqrt_dim", 0, "integer >= 1"),
         ("isqrt_iters", 0, "integer >= 1"),
-        ("last_stride", 3, "accepted: 1, 2"),
+        ("isqrt_drop", 1.0, "a number >= 0 and < 1"),
+        ("last_stride", 3, "1, 2"),
     ],
 )
 def test_bad_argument_is_named(name, argument, value, message):
     with pytest.raises(ValueError, match=f"{argument}=.*{message}") as error:
         create(name, **{argument: value})
     assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+@pytest.mark.parametrize("last_stride", [1, 2])
+def test_contradicting_strides_are_named(output_stride, last_stride):
+    message = (
+        f"last_stride={last_stride} is not accepted with output_stride={output_stride}.*accepted: last_stride=None"
+    )
+    with pytest.raises(ValueError, match=message):
+        create("gsop_resnet26_net1", output_stride=output_stride, last_stride=last_stride)
+
+
+def test_bad_attention_is_named():
+    with pytest.raises(ValueError, match="attn_layer='sea' is not accepted; accepted: timm's"):
+        create("preresnet20", attn_layer="sea")
+
+
+def test_attention_of_before_loads_by_its_old_name():
+    """It was part of ``drop_path``."""
+    model = create("preresnet20", attn_layer="se").eval()
+    renamed = {key.replace(".attn.", ".drop_path.attn."): value for key, value in model.state_dict().items()}
+    assert renamed.keys() != model.state_dict().keys()
+    other = create("preresnet20", attn_layer="se").eval()
+    other.load_state_dict(renamed)
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
 
 
 def test_bad_output_stride_is_named():

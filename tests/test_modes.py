@@ -13,7 +13,7 @@ from torch import nn
 from tests.layers import CHANNELS, LAYERS
 from tests.oracles import random_covariance
 from tests.tolerances import TOLERANCES, gradient_error, output_error
-from timm_gsop.layers import covariance_pool, eigh_power, newton_schulz_sqrt, position_covariance
+from timm_gsop.layers import bilinear_pool, covariance_pool, eigh_power, newton_schulz_sqrt, position_covariance
 from timm_gsop.layers.official import official_position_covariance
 
 BACKENDS = ("eager", "aot_eager", "inductor")
@@ -30,6 +30,7 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "official_position_covariance": official_position_covariance,
     **{f"newton_schulz_sqrt, {n}": lambda x, n=n: newton_schulz_sqrt(covariance_pool(x), n) for n in (1, 3, 5)},
     "eigh_power": lambda x: eigh_power(covariance_pool(x), 0.5),
+    "bilinear_pool": bilinear_pool,
 }
 
 
@@ -80,7 +81,7 @@ NETWORKS = {
     "resnext": ("gsop_resnext50_32x4d_net2", dict(NARROW, cardinality=2)),
     "preresnet": (
         "gsop_preresnet20_net2.untrained",
-        dict(depth=1, num_classes=5, cov_dim=8, isqrt_dim=6, drop_rate=0.0),
+        dict(depth=1, num_classes=5, cov_dim=8, isqrt_dim=6, isqrt_drop=0.0),
     ),
     "densenet": (
         "gsop_densenet121_net2",

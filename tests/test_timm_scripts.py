@@ -125,7 +125,6 @@ def test_resume_after_a_kill(digits, tmp_path):
         ("--grad-checkpointing",),
         ("--grad-accum-steps", "2"),
         ("--amp", "--amp-dtype", "bfloat16"),
-        ("--torchcompile", "inductor"),
     ],
     ids=lambda options: options[0],
 )
@@ -135,6 +134,13 @@ def test_options(options, digits, tmp_path):
     assert float(row["eval_top1"]) > 12  # ten classes
     if "--model-ema" in options:
         assert "state_dict_ema" in torch.load(tmp_path / "run/last.pth.tar", weights_only=False)
+
+
+@pytest.mark.parametrize("config", ["digits/gsop_preresnet20_net1", NET2])
+def test_autocast_and_compiler_together(config, digits, tmp_path):
+    train(config, digits, tmp_path, "--epochs", "1", "--amp", "--amp-dtype", "bfloat16", "--torchcompile")
+    (row,) = summary(tmp_path)
+    assert float(row["eval_top1"]) > 12  # ten classes
 
 
 @pytest.mark.parametrize("options", [(), ("--sync-bn",)])

@@ -4,6 +4,7 @@ With TIMM_SCRIPTS=DIR, a folder that has timm's train.py, its own parser reads t
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -15,11 +16,13 @@ import pytest
 import timm
 import torch
 import yaml
-from timm.data import Mixup
-from timm.loss import BinaryCrossEntropy
-from timm.models.resnet import ResNet
+from PIL import Image
+from timm.data import Mixup, create_dataset, create_loader, resolve_data_config
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import ClassificationTask
+from timm.utils import dispatch_clip_grad
 
 from train_configs.recipes import FOLDER, RUNS, text
 
@@ -44,7 +47,7 @@ def settings_of(name: str) -> dict[str, Any]:
 
 def test_files_are_those_of_the_table():
     assert {path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml")} == set(RUNS)
-    assert len(RUNS) == 59
+    assert len(RUNS) == 68
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -52,7 +55,8 @@ def test_a_file_says_what_the_table_says(name):
     content = (FOLDER / f"{name}.yaml").read_text()
     assert content == text(RUNS[name])
     assert settings_of(name) == RUNS[name].settings
-    assert content.startswith("# ")
+    header = " ".join(line.removeprefix("# ") for line in content.splitlines() if line.startswith("#"))
+    assert re.search(r"For (one GPU|eight GPUs)", header)
     assert settings_of(name)["device_modules"] == ["timm_gsop"]
 
 
@@ -88,55 +92,160 @@ def test_train_py_knows_the_options(name, defaults):
     assert set(settings_of(name)) <= set(defaults)
 
 
+COMPILED = [name for name, run in RUNS.items() if run.settings.get("torchcompile")]
+
+
+def small_network(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments that make a network cheap, its parts all there."""
+    if args.model == "second_order":
+        return dict(args.model_kwargs, backbone="convnext_atto")
+    if "preresnet" in args.model:
+        return dict(args.model_kwargs, depth=2)
+    widths = (64, 64, 64, 64) if args.model_kwargs.get("flavor") == "official" else (16, 16, 32, 32)
+    return dict(args.model_kwargs, layers=(1, 1, 1, 1), channels=widths)
+
+
+class Training:
+    """What train.py makes of a file: the same calls of timm, in the same order, on one device.
+
+    Args:
+        args: The file's options, and train.py's defaults.
+        backend: Compiler in place of the file's.
+    """
+
+    def __init__(self, args: argparse.Namespace, backend: str | None = None) -> None:
+        self.args = args
+        model = timm.create_model(
+            args.model,
+            in_chans=args.input_size[0],
+            num_classes=args.num_classes,
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+            global_pool=args.gp,
+            **small_network(args),
+        )
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing()
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.task = ClassificationTask(model, criterion=self.loss_fn(), device=torch.device("cpu"), verbose=False)
+        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        if args.model_ema:
+            self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        if args.torchcompile:
+            self.task.compile(backend=backend or args.torchcompile, mode=args.torchcompile_mode)
+        kwargs = scheduler_kwargs(args)
+        self.scheduler, self.epochs = create_scheduler_v2(self.optimizer, **kwargs, updates_per_epoch=10)
+        self.model = model
+
+    @property
+    def mixes(self) -> bool:
+        return self.args.mixup > 0 or self.args.cutmix > 0
+
+    def loss_fn(self) -> torch.nn.Module:
+        args = self.args
+        if args.bce_loss:
+            smoothing = {} if self.mixes else dict(smoothing=args.smoothing)
+            return BinaryCrossEntropy(target_threshold=args.bce_target_thresh, sum_classes=args.bce_sum, **smoothing)
+        if self.mixes:
+            return SoftTargetCrossEntropy()
+        return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else torch.nn.CrossEntropyLoss()
+
+    def step(self, x: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        args = self.args
+        self.task.get_trainable_module().train()
+        if self.mixes:
+            mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=args.num_classes)
+            x, target = mixup(x, target)
+        if args.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        autocast = torch.autocast("cpu", getattr(torch, args.amp_dtype)) if args.amp else contextlib.nullcontext()
+        with autocast:
+            result = self.task(x, target)
+        result["loss"].backward()
+        if args.clip_grad is not None:
+            dispatch_clip_grad(self.task.get_clip_parameters(), value=args.clip_grad, mode=args.clip_mode)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.task.update_ema(step=1)
+        return result
+
+
+def take_a_step(name: str, defaults: dict[str, Any], backend: str | None = None) -> None:
+    """Large networks are narrow and shallow, images small; the options are the file's."""
+    torch.compiler.reset()
+    args = argparse.Namespace(**{**defaults, **settings_of(name)})
+    training = Training(args, backend)
+    assert training.epochs == args.epochs
+    training.scheduler.step(args.warmup_epochs)
+    training.scheduler.step_update(args.warmup_epochs * 10)
+    assert max(group["lr"] for group in training.optimizer.param_groups) <= args.lr * (1 + 1e-9)
+    if "preresnet" in args.model and "isqrt" in (args.gp, training.model.global_pool.pool_type):
+        assert training.model.head_drop.p == 0.5  # though train.py passes a dropout of 0
+    before = {key: value.clone() for key, value in training.model.named_parameters()}
+    size = min(args.input_size[-1], 48)
+    result = training.step(torch.randn(2, args.input_size[0], size, size), torch.tensor([1, 2]))
+    assert result["loss"].isfinite()
+    assert result["output"].shape == (2, args.num_classes)
+    changed = [key for key, value in training.model.named_parameters() if not torch.equal(value, before[key])]
+    assert len(changed) > len(before) / 2
+    assert all(value.isfinite().all() for value in training.model.parameters())
+
+
+def skip_unknown(name: str) -> None:
+    if not timm.is_model(RUNS[name].settings["model"]):
+        pytest.skip(f"there is no {RUNS[name].settings['model']} yet")
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_step(name, defaults):
-    """Network, optimizer and scheduler by timm's factories; large networks narrow, and on small images."""
-    settings = settings_of(name)
-    args = argparse.Namespace(**{**defaults, **settings})
-    channels = args.input_size[0]
-    small = "preresnet" in args.model
-    size = min(args.input_size[-1], 48 if "preresnet164" in args.model or not small else 32)
-    narrow = {} if small else dict(channels=(16, 16, 32, 32))
-    if settings.get("model_kwargs", {}).get("flavor") == "official":
-        narrow = dict(channels=(64, 64, 64, 64))
-    model = timm.create_model(  # the arguments that train.py passes
-        args.model,
-        in_chans=channels,
-        num_classes=args.num_classes,
-        drop_rate=args.drop,
-        drop_path_rate=args.drop_path,
-        global_pool=args.gp,
-        **narrow,
-        **args.model_kwargs,
-    ).train()
-    assert isinstance(model, ResNet) or small
-    if (small and args.model.endswith("_net2")) or args.gp == "isqrt":
-        assert model.drop_rate == 0.5  # train.py's own default would turn it off
-    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
-    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=10)
-    assert epochs == args.epochs
-    x, target = torch.randn(2, channels, size, size), torch.tensor([1, 2])
-    loss_fn = torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)
-    if args.mixup or args.cutmix:
-        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=args.num_classes)
-        x, target = mixup(x, target)
-    if args.bce_loss:
-        loss_fn = BinaryCrossEntropy(smoothing=args.smoothing, target_threshold=args.bce_target_thresh)
-    scheduler.step(args.warmup_epochs)
-    scheduler.step_update(args.warmup_epochs * 10)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    assert max(rates) <= args.lr * (1 + 1e-9)
-    before = {key: value.clone() for key, value in model.named_parameters()}
-    with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
-        logits = model(x)
-    loss = loss_fn(logits.float(), target)
-    loss.backward()
-    optimizer.step()
-    assert loss.isfinite()
-    assert logits.shape == (2, args.num_classes)
-    changed = [key for key, value in model.named_parameters() if not torch.equal(value, before[key])]
-    assert len(changed) > len(before) / 2
-    assert all(value.isfinite().all() for value in model.parameters())
+    skip_unknown(name)
+    take_a_step(name, defaults, backend="aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_step_with_the_files_own_compiler(name, defaults):
+    take_a_step(name, defaults)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("fine_grained/")])
+def test_fine_grained_recipes_train_on_a_folder_of_images(name, defaults, tmp_path):
+    """Two steps; the head is five times as fast; images are not cropped at random."""
+    skip_unknown(name)
+    args = argparse.Namespace(**{**defaults, **settings_of(name)})
+    args.input_size, args.batch_size = [3, 64, 64], 2
+    for i in range(4):
+        folder = tmp_path / f"train/class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (90, 60 + i), (60 * i, 99, 30)).save(folder / f"{i}.png")
+    training = Training(args)
+    if args.sched == "constant":
+        rates = {group["lr"] for group in training.optimizer.param_groups}
+        assert sorted(rates) == pytest.approx([0.0012, 0.006])
+    data = resolve_data_config(vars(args), model=training.model)
+    loader = create_loader(  # as train.py
+        create_dataset("", root=tmp_path, split="train", is_training=True),
+        input_size=data["input_size"],
+        batch_size=args.batch_size,
+        is_training=True,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        color_jitter=args.color_jitter,
+        interpolation=args.train_interpolation,
+        mean=data["mean"],
+        std=data["std"],
+        num_workers=0,
+        use_prefetcher=False,
+        device=torch.device("cpu"),
+        persistent_workers=False,
+    )
+    assert "RandomResizedCrop" not in str(loader.dataset.transform)
+    losses = [training.step(x, target)["loss"] for x, target in loader]
+    assert len(losses) == 2
+    assert torch.stack(losses).isfinite().all()
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith(("imagenet", "cifar"))])

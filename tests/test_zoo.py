@@ -68,7 +68,7 @@ def test_training_saving_and_loading(base, net, tmp_path):
 
 
 @pytest.mark.parametrize("base", SMALL_BASES)
-@pytest.mark.parametrize("pool", ["avg", "catavgmax", "isqrt", "mpn"])
+@pytest.mark.parametrize("pool", ["avg", "catavgmax", "isqrt", "mpn", "bilinear", "compact_bilinear"])
 def test_every_global_pool(base, pool):
     model = create(base, 1, global_pool=pool).eval()
     features = model.forward_features(torch.randn(1, 3, 96, 96))
@@ -105,6 +105,29 @@ def test_bad_argument_is_named(base, argument, value):
     with pytest.raises(ValueError, match=f"{argument}=") as error:
         create(base, 1, **{argument: value})
     assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(("base", "smallest"), [("densenet121", 29), ("inception_v3", 75)])
+def test_an_image_that_is_too_small_is_named(base, smallest):
+    model = create(base, 2).eval()
+    assert model(torch.randn(1, 3, smallest, 96)).isfinite().all()
+    x = torch.randn(1, 3, 96, smallest - 1)
+    for run in (model, model.forward_intermediates):
+        with pytest.raises(ValueError, match=rf"\(1, 3, 96, {smallest - 1}\).*at least {smallest}×{smallest}"):
+            run(x)
+    features = create(base, 1, features_only=True, out_indices=(0,), feature_cls="getter").eval()
+    assert features(x)[0].isfinite().all()  # a part of the network has other limits
+
+
+def test_every_way_to_a_graph():
+    """The image's size is checked only outside of graphs."""
+    model = create("densenet121", 1, block_config=(1, 1, 1, 1)).eval()
+    x = torch.randn(1, 3, 96, 80)
+    expected = model(x)
+    graphs = [torch.jit.script(model), torch.jit.trace(model, x), torch.fx.symbolic_trace(model)]
+    graphs += [torch.export.export(model, (x,)).module(), torch.compile(model, backend="aot_eager", fullgraph=True)]
+    for graph in graphs:
+        torch.testing.assert_close(graph(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_auxiliary_logits_are_refused():

@@ -5,7 +5,9 @@ import timm  # noqa: F401  # first: it may trigger our autoload, which must not 
 from timm_gsop import models
 from timm_gsop.insert import insert_gsop
 from timm_gsop.layers import (
+    BilinearPool2d,
     ChannelGsop,
+    CompactBilinearPool2d,
     FusedGsop,
     GsopBlock,
     IsqrtCovPool2d,
@@ -21,7 +23,9 @@ from timm_gsop.layers import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BilinearPool2d",
     "ChannelGsop",
+    "CompactBilinearPool2d",
     "FusedGsop",
     "GsopBlock",
     "IsqrtCovPool2d",

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from timm.layers import get_device_dtype
+from timm.models import get_model_input_config
 from torch import nn
 
-from timm_gsop.layers import GsopBlock, check_gsop, create_gsop
+from timm_gsop.layers import NEUTRAL_SCALE, GsopBlock, check_gsop, create_gsop, start_at_half
 
 __all__ = ["attach_gsop", "evaluation_mode", "insert_gsop"]
 
@@ -22,21 +23,26 @@ def insert_gsop(
     stages: Sequence[int] | None = None,
     cov_dim: int = 128,
     spatial_size: int = 8,
+    neutral: bool = False,
 ) -> nn.Module:
     """Put a GSoP block with its shortcut after stages of a model, in place.
 
     A block becomes the child ``gsop`` of the module whose output it takes, so that the model's own weights keep their
-    names, and its pretrained weights still load. Sites are found, and checked, by running the model once or a few times
-    on a blank image. A model that timm creates anew, or loads by ``local-dir:`` or ``hf-hub:``, does not know of them:
-    insert, then load the weights.
+    names, and its pretrained weights still load. Places are found, and checked, by running the model once or a few
+    times on a blank image. A model that timm creates anew, or loads by ``local-dir:`` or ``hf-hub:``, does not know of
+    them: insert with the same arguments, then load the weights. The registered network ``second_order`` records all of
+    this in its configuration.
 
     Args:
         model: A timm model with ``feature_info``; also one created with ``features_only=True``.
-        gsop_type: Kind of the blocks, see :func:`timm_gsop.layers.factory`.
+        gsop_type: Kind of the blocks, see :func:`timm_gsop.layers.create_gsop`.
         stages: Indices into the model's ``feature_info``, as timm's ``out_indices``; None for all whose stride is at
             least 4, which leaves the stem out.
         cov_dim: Channels after reduction in a block.
         spatial_size: In blocks by position: side of the square that the map is pooled to.
+        neutral: Whether the blocks start as the identity, in training as well as in evaluation, so that pretrained
+            weights keep their function: the weights of a block start at one half, and its output is multiplied by 2/3.
+            Blocks without this factor multiply what they get by about 1.5.
 
     Returns:
         ``model``.
@@ -45,6 +51,15 @@ def insert_gsop(
         ValueError: If an argument is not among the accepted ones, or the model has no ``feature_info``, or blocks there
             already, or no place for one: feature maps in another layout, as in most transformers. The model is
             unchanged then.
+
+    Example:
+        >>> import timm, torch
+        >>> model = timm.create_model("convnext_atto", num_classes=5).eval()
+        >>> image = torch.randn(1, 3, 64, 64)
+        >>> before = model(image)
+        >>> after = insert_gsop(model, cov_dim=16, neutral=True)(image)
+        >>> torch.allclose(before, after, atol=1e-6)
+        True
     """
     check_gsop(gsop_type, cov_dim, spatial_size, flavor="paper")
     levels = _feature_levels(model, stages)
@@ -53,7 +68,9 @@ def insert_gsop(
     blocks = {}
     for level in levels:
         gsop = create_gsop(gsop_type, calls.features[level].shape[1], cov_dim, spatial_size, **get_device_dtype(model))
-        blocks[level] = GsopBlock(gsop).train(model.training)
+        if neutral:
+            start_at_half(gsop)
+        blocks[level] = GsopBlock(gsop, scale=NEUTRAL_SCALE if neutral else 1.0).train(model.training)
     _attach_where_called_once(model, blocks, sites)
     return model
 
@@ -117,8 +134,7 @@ def _feature_infos(model: nn.Module) -> list[dict[str, Any]]:
 @torch.no_grad()
 def _run(model: Any) -> list[torch.Tensor]:
     """Feature maps of a blank image, in evaluation: no statistics change, nor the modules' modes."""
-    size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
-    image = torch.zeros(1, getattr(model, "in_chans", size[0]), *size[1:], **get_device_dtype(model))
+    image = torch.zeros(1, *get_model_input_config(model)["input_size"], **get_device_dtype(model))
     with evaluation_mode(model):
         if hasattr(model, "forward_intermediates"):
             return model.forward_intermediates(image, intermediates_only=True)

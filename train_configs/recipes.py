@@ -1,7 +1,7 @@
 """The recipes behind the YAML files of this folder: python train_configs/recipes.py writes them.
 
-Settings are arguments of timm's train.py. A run is a recipe and what it has besides; its comment says what it
-reproduces.
+Settings are arguments of timm's train.py. A run is a recipe and its own settings; its comment says what it reproduces
+and for how many GPUs it is.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ class Run(NamedTuple):
     """One file.
 
     Attributes:
-        comment: What it reproduces, and the error that is reported for it.
+        comment: What it reproduces, the error that is reported for it, and for how many GPUs it is.
         settings: Arguments of train.py.
     """
 
@@ -26,12 +26,10 @@ class Run(NamedTuple):
 
 
 def after(*epochs: int) -> list[int]:
-    """Milestones with which the rate falls after so many epochs: timm's multistep lets it fall one epoch before."""
+    """Milestones that lower the rate after so many epochs: timm's multistep lowers it one epoch early."""
     return [epoch + 1 for epoch in epochs]
 
 
-# train.py passes its own dropout, 0, to every model, and would turn off that of the CIFAR family's networks with
-# covariance pooling: their runs say it.
 ALL: Settings = dict(device_modules=["timm_gsop"], workers=8, pin_mem=True, checkpoint_hist=2)
 
 # timm's "momentum" is SGD without Nesterov; weight decay is on every parameter, as in PyTorch's SGD.
@@ -106,6 +104,8 @@ PAPER = (
     "The paper's recipe (section 4: SGD, batch 160 in all, lr 0.1 divided by 10 every 30 epochs, 100 epochs; weight "
     "decay of the released code)."
 )
+ONE_GPU = " For one GPU, which takes the whole batch; README.md says what to change for more."
+SMALL = " For one GPU or two CPU cores."
 RELEASED = (
     "The released code's recipe and networks (flavor official): SGD, batch 256 in all, lr 0.1, weight decay 1e-4, "
 )
@@ -134,7 +134,7 @@ def imagenet_1k() -> dict[str, Run]:
     for name, (model, settings, what, error) in rows.items():
         comment = f"{what}, ImageNet-1k. {PAPER}"
         comment += f" {reported(error, 'Table 5')}" if error else " The paper reports no error for this depth."
-        runs[f"imagenet_1k/paper/{name}"] = Run(comment, dict(model=model, **IMAGENET_PAPER, **settings))
+        runs[f"imagenet_1k/paper/{name}"] = Run(comment + ONE_GPU, dict(model=model, **IMAGENET_PAPER, **settings))
     for depth in (50, 101):
         for net, schedule in ((1, RELEASED_NET1), (2, RELEASED_NET2)):
             name = f"gsop_resnet{depth}_net{net}"
@@ -144,17 +144,18 @@ def imagenet_1k() -> dict[str, Run]:
             if (depth, net) == (50, 1):
                 comment += " Error reported by its authors' README: 22.02 / 5.88 % (top-1 / top-5)."
             settings = dict(model=name, model_kwargs=dict(flavor="official"), **IMAGENET_RELEASED, **schedule)
-            runs[f"imagenet_1k/released/{name}"] = Run(comment, settings)
+            runs[f"imagenet_1k/released/{name}"] = Run(comment + ONE_GPU, settings)
     for net in (1, 2):
         name = f"gsop_resnet50_net{net}"
         what = f"GSoP-Net{net} on ResNet-50, ImageNet-1k"
         fast = f"{what}. {PAPER} With bfloat16, channels_last and torch.compile, for recent GPUs. Nothing is reported."
-        runs[f"imagenet_1k/fast/{name}"] = Run(fast, dict(model=name, **IMAGENET_PAPER, **FAST))
+        runs[f"imagenet_1k/fast/{name}"] = Run(fast + ONE_GPU, dict(model=name, **IMAGENET_PAPER, **FAST))
         for letter, recipe in (("a3", A3), ("a1", A1)):
             size = "160 px, to be validated at 224; " if letter == "a3" else ""
             comment = (
                 f"{what}. Procedure {letter.upper()} of ResNet strikes back (arXiv:2110.00476): {size}"
-                f"batch 2048 in all (8 GPUs of 256), {recipe['epochs']} epochs. Nothing is reported for this network."
+                f"batch 2048 in all, {recipe['epochs']} epochs. Nothing is reported for this network. For eight GPUs, "
+                "each of which takes 256 images."
             )
             runs[f"imagenet_1k/strikes_back_{letter}/{name}"] = Run(comment, dict(model=name, **STRIKES_BACK, **recipe))
     return runs
@@ -202,6 +203,7 @@ def imagenet_250() -> dict[str, Run]:
     runs = {}
     for name, (model, model_kwargs, what, error) in rows.items():
         comment = f"ImageNet-250, {what}. {PAPER} {reported(error, 'Table 4')} The classes: --class-map, see README.md."
+        comment += ONE_GPU
         settings = {**IMAGENET_PAPER, "num_classes": 250}
         if model_kwargs:
             settings["model_kwargs"] = model_kwargs
@@ -239,20 +241,22 @@ def cifar100() -> dict[str, Run]:
         "preresnet164": ("preresnet164", {}, "He et al., vanilla", "24.33"),
         "preresnet164_se": ("preresnet164", dict(model_kwargs=dict(attn_layer="se")), "SE-Net", "21.31"),
         # The table's row "MPN-COV [21]" is iSQRT-COV: that is its reference 21, and what section 4.3 calls it.
-        "preresnet164_isqrt": ("isqrt_preresnet164", dict(drop=0.5), "iSQRT-COV", "19.95"),
-        "preresnet164_mpn": ("isqrt_preresnet164", dict(gp="mpn", drop=0.5), "MPN-COV, not in the table", ""),
+        "preresnet164_isqrt": ("isqrt_preresnet164", {}, "iSQRT-COV", "19.95"),
+        "preresnet164_mpn": ("isqrt_preresnet164", dict(gp="mpn"), "MPN-COV, not in the table", ""),
         "gsop_preresnet164_net1": ("gsop_preresnet164_net1", {}, "GSoP-Net1", "20.86"),
-        "gsop_preresnet164_net2": ("gsop_preresnet164_net2", dict(drop=0.5), "GSoP-Net2", "18.58"),
+        "gsop_preresnet164_net2": ("gsop_preresnet164_net2", {}, "GSoP-Net2", "18.58"),
     }
     recipe = (
-        "The paper's recipe (SGD, batch 128, weight decay 1e-4, lr 0.25 divided by 10 twice, 110 epochs). The two "
-        "epochs are lost from its text: 60 and 90 here. timm has no shift by padding: images are shrunk or enlarged, "
-        "then cropped or padded at random."
+        "The paper's recipe (SGD, batch 128, weight decay 1e-4, lr 0.25 divided by 10 twice, 110 epochs). Its text "
+        "does not say at which two epochs: 60 and 90 here. timm cannot shift images by padding: it shrinks or "
+        "enlarges them, then crops or pads them at random."
     )
     runs = {}
     for name, (model, settings, what, error) in rows.items():
         figure = f" Error reported by the paper, Table 6: {error} % (top-1)." if error else ""
-        runs[f"cifar100/{name}"] = Run(f"CIFAR-100, {what}. {recipe}{figure}", dict(model=model, **base, **settings))
+        runs[f"cifar100/{name}"] = Run(
+            f"CIFAR-100, {what}. {recipe}{figure}{ONE_GPU}", dict(model=model, **base, **settings)
+        )
     return runs
 
 
@@ -296,15 +300,16 @@ def small() -> dict[str, Run]:
     stride_1: Settings = dict(model_kwargs=dict(last_stride=1))
     rows: dict[str, tuple[str, Settings, str]] = {
         "preresnet20": ("preresnet20", {}, "vanilla"),
-        "preresnet20_stride1": ("preresnet20", stride_1, "no down-sampling in the last stage, the twin of those below"),
+        "preresnet20_stride1": ("preresnet20", stride_1, "no down-sampling in the last stage, as in those below"),
         "preresnet20_se": ("preresnet20", dict(model_kwargs=dict(attn_layer="se")), "timm's SE in every bottleneck"),
-        "preresnet20_isqrt": ("preresnet20", dict(gp="isqrt", drop=0.5, **stride_1), "iSQRT-COV pooling"),
+        "preresnet20_isqrt": ("preresnet20", dict(gp="isqrt", **stride_1), "iSQRT-COV pooling"),
         "gsop_preresnet20_net1": ("gsop_preresnet20_net1", {}, "GSoP-Net1"),
-        "gsop_preresnet20_net2": ("gsop_preresnet20_net2", dict(drop=0.5), "GSoP-Net2"),
+        "gsop_preresnet20_net2": ("gsop_preresnet20_net2", {}, "GSoP-Net2"),
     }
     runs = {}
     for name, (model, settings, what) in rows.items():
         comment = f"Fashion-MNIST, pre-activation ResNet-20, {what}. Our own recipe, the same for all: docs/results.md."
+        comment += SMALL
         runs[f"fashion_mnist/{name}"] = Run(comment, dict(model=model, **fashion_mnist, **settings))
     left_out = ("dataset", "amp", "amp_dtype", "torchcompile")
     digits = {
@@ -313,13 +318,12 @@ def small() -> dict[str, Run]:
     }
     for name in ("gsop_preresnet20_net1", "gsop_preresnet20_net2"):
         comment = "scikit-learn's digits, as a folder of images that examples/digits_folder.py writes. Our own recipe."
-        settings = dict(drop=0.5) if name.endswith("net2") else {}
-        runs[f"digits/{name}"] = Run(comment, dict(model=name, **digits, **settings))
+        runs[f"digits/{name}"] = Run(comment + SMALL, dict(model=name, **digits))
     return runs
 
 
 def fine_tune() -> dict[str, Run]:
-    """Fine-grained data, from weights that exist."""
+    """Fine-grained data, from pretrained weights."""
     settings = {
         **IMAGENET,
         **dict(model="gsop_resnet50_net2", pretrained=True, num_classes=200, input_size=[3, 448, 448], crop_pct=1.0),
@@ -329,12 +333,65 @@ def fine_tune() -> dict[str, Run]:
     comment = (
         "Fine-grained classification (200 classes, as CUB-200), 448 px, from pretrained weights. The new classifier "
         "learns with lr 0.05, each layer before it with 0.7 times the rate of the next: down to 1e-4 and less. Our own "
-        "recipe, not measured."
+        "recipe, not measured. The released one is in fine_grained/."
     )
-    return {"fine_tune/gsop_resnet50_net2": Run(comment, settings)}
+    return {"fine_tune/gsop_resnet50_net2": Run(comment + ONE_GPU, settings)}
 
 
-RUNS: dict[str, Run] = {**imagenet_1k(), **imagenet_250(), **cifar100(), **small(), **fine_tune()}
+def fine_grained() -> dict[str, Run]:
+    """iSQRT-COV's fine-tuning on birds, aircraft and cars, as released; and the same data with a modern backbone."""
+    data = {
+        "cub": ("CUB-200-2011", 200, "88.0", "https://www.vision.caltech.edu/datasets/cub_200_2011/"),
+        "aircraft": ("FGVC-Aircraft", 100, "90.3", "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/"),
+        "cars": ("Stanford Cars", 196, "92.3", "Krause et al., 2013; copies are on the Hugging Face Hub"),
+    }
+    # Resize, centre crop and flip: rkrc at scale 1 does not change the size at random.
+    images: Settings = dict(
+        input_size=[3, 448, 448], crop_pct=1.0, train_crop_mode="rkrc", scale=[1.0, 1.0], ratio=[1.0, 1.0]
+    )
+    head: Settings = dict(layer_decay=0.2, layer_decay_min_scale=0.2)
+    released: Settings = {
+        **{**IMAGENET, **images, "color_jitter": 0.0, "pretrained": True},
+        **SGD,
+        **dict(batch_size=10, lr=6e-3, epochs=100, sched="constant", warmup_epochs=0),
+        **head,
+    }
+    modern: Settings = {
+        **ALL,
+        **dict(images, color_jitter=0.0, smoothing=0.1, drop_path=0.1, pretrained=True),
+        **dict(opt="adamw", weight_decay=0.05, batch_size=32, lr=5e-4, epochs=50, sched="cosine", warmup_epochs=5),
+        **dict(warmup_lr=1e-6, min_lr=1e-6, amp=True, amp_dtype="bfloat16", channels_last=True),
+        **head,
+        "model_kwargs": dict(backbone="convnext_tiny.in12k_ft_in1k", global_pool="isqrt", isqrt_dim=128),
+    }
+    networks = {
+        "isqrt_resnet50": ("iSQRT-COV on ResNet-50", released),
+        "gsop_resnet50_net2": ("GSoP-Net2 on ResNet-50", released),
+        "second_order": ("iSQRT-COV pooling on ConvNeXt-Tiny", modern),
+    }
+    runs = {}
+    for folder, (what, classes, accuracy, source) in data.items():
+        for model, (network, settings) in networks.items():
+            comment = f"{what}, {network}, from pretrained weights, 448 px. "
+            if settings is released:
+                comment += (
+                    "The fine-tuning recipe of fast MPN-COV (SGD, batch 10, lr 1.2e-3, five times that for the head, "
+                    "100 epochs; resize, centre crop and flip). "
+                )
+            else:
+                comment += "Our own recipe; the head learns five times as fast as the backbone. "
+            if model == "isqrt_resnet50":
+                comment += f"Accuracy reported by its authors: {accuracy} %; not measured by us. "
+            else:
+                comment += "Nothing is reported for this network, and we have not measured it. "
+            comment += f"Data: {source}, as folders train/CLASS and val/CLASS."
+            runs[f"fine_grained/{folder}/{model}"] = Run(
+                comment + ONE_GPU, {"model": model, **settings, "num_classes": classes}
+            )
+    return runs
+
+
+RUNS: dict[str, Run] = {**imagenet_1k(), **imagenet_250(), **cifar100(), **small(), **fine_tune(), **fine_grained()}
 """Every file, by its path without suffix."""
 
 

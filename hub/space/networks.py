@@ -14,8 +14,8 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import nn
 
+from timm_gsop.layers import ChannelGsop, FusedGsop, PositionGsop, start_at_half
 from timm_gsop.pretrained.locate import weights_state
-from timm_gsop.pretrained.neutral import silence_blocks
 from timm_gsop.viz import preprocess
 
 __all__ = ["BadNetworkError", "Network", "choices", "classify", "load"]
@@ -79,17 +79,23 @@ def load(name: str) -> Network:
             f"{name} could not be loaded: its weights are not on this machine, and could not be downloaded now. "
             "Try again later, or choose another network."
         ) from error
-    neutral: nn.Module | None = copy.deepcopy(model)
-    try:
-        if not silence_blocks(neutral):
-            neutral = None
-    except ValueError:  # a block of the official flavor that cannot be neutral
-        neutral = None
     cfg = model.pretrained_cfg
     about = get_pretrained_cfg(name) if ":" not in name else None
     notes = tuple((about and about.notes) or ())
     data = next((note.removeprefix("data: ") for note in notes if note.startswith("data: ")), "")
-    return Network(model, neutral, _labels(model, cfg), data == "Fashion-MNIST", _about(about, data))
+    return Network(model, _neutral(model), _labels(model, cfg), data == "Fashion-MNIST", _about(about, data))
+
+
+def _neutral(model: nn.Module) -> nn.Module | None:
+    """A copy whose blocks scale by one half, whatever their input; None if it has none, or one cannot."""
+    neutral = copy.deepcopy(model)
+    blocks = [module for module in neutral.modules() if isinstance(module, ChannelGsop | PositionGsop | FusedGsop)]
+    try:
+        for block in blocks:
+            start_at_half(block)
+    except ValueError:  # blocks by position of the official flavor
+        return None
+    return neutral if blocks else None
 
 
 def _about(cfg: Any, data: str) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from timm_gsop.hub.hub_folder import HubFolder
 from timm_gsop.hub.operations import model_macs
 from timm_gsop.layers.gsop import CovarianceExcitation
+from timm_gsop.models.second_order import backbone_notes
 from timm_gsop.viz.summary import read_summary
 
 __all__ = ["model_card"]
@@ -82,6 +83,7 @@ def model_card(folder: HubFolder, repo_id: str, figure: str | None = None, licen
         "Weights": provenance.get("description"),
         "Origin": provenance.get("origin_url") and f"<{provenance['origin_url']}>",
         "Blocks": _neutral_blocks(folder.model),
+        "Backbone": _backbone(folder),
         "Parameters": f"{sum(p.numel() for p in folder.model.parameters()) / 1e6:.2f} M (measured)",
         "Multiply-accumulates": f"{macs / 1e9:.2f} G for one image of {_times(size)} (measured)",
         "Classes": folder.config["num_classes"],
@@ -133,13 +135,37 @@ def _package() -> str:
     return f"[timm-gsop]({urls['Repository']})" if "Repository" in urls else "timm-gsop"
 
 
-def _recipe(path: Path) -> list[str]:
+def _backbone(folder: HubFolder) -> str | None:
+    """Of a ``second_order``: its backbone and, if it started from their weights, these weights' licence and origin."""
+    name = folder.config.get("model_args", {}).get("backbone")
+    if folder.config["architecture"] != "second_order" or name is None:
+        return None
+    notes = folder.config.get("pretrained_cfg", {}).get("notes") or ()
+    if not notes and _training_arguments(folder.path).get("pretrained"):
+        notes = backbone_notes(name)
+    known = dict(note.partition(": ")[::2] for note in notes)
+    if "backbone" not in known:
+        return f"timm's `{name}`; it is not recorded whether training started from pretrained weights"
+    return (
+        f"timm's `{known['backbone']}`, whose pretrained weights training started from "
+        f"(licence: {known['backbone licence']}; origin: {known['backbone origin']})"
+    )
+
+
+def _training_arguments(path: Path) -> dict[str, Any]:
+    """What timm's train.py was given, if it left that."""
     if not (path / "args.yaml").exists():
-        return []
+        return {}
     try:
-        given = dict(yaml.safe_load((path / "args.yaml").read_text()))
+        return dict(yaml.safe_load((path / "args.yaml").read_text()))
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path / 'args.yaml'} cannot be read; accepted: what timm's train.py writes.") from error
+
+
+def _recipe(path: Path) -> list[str]:
+    given = _training_arguments(path)
+    if not given:
+        return []
     shown = [f"`{name}: {given[name]}`" for name in RECIPE if given.get(name) not in (None, "", False, 0, 0.0)]
     return [f"timm's `train.py -c args.yaml`: {', '.join(shown)}"]
 

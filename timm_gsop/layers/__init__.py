@@ -1,9 +1,11 @@
 """Second-order pooling as layers, and the functions behind them."""
 
+from timm_gsop.layers.bilinear_pool import BilinearPool2d, CompactBilinearPool2d, bilinear_pool, compact_bilinear_pool
 from timm_gsop.layers.cov_pool import IsqrtCovPool2d, MpnCovPool2d
 from timm_gsop.layers.covariance import covariance_pool, position_covariance, triu_vectorize
 from timm_gsop.layers.factory import FLAVORS, GSOP_TYPES, check_gsop, create_gsop
 from timm_gsop.layers.gsop import ChannelGsop, CovarianceExcitation, FusedGsop, Gsop, GsopBlock, PositionGsop
+from timm_gsop.layers.half_gate import NEUTRAL_SCALE, start_at_half
 from timm_gsop.layers.matrix_sqrt import eigh_power, newton_schulz_sqrt
 from timm_gsop.layers.official import (
     OfficialChannelGsop,
@@ -11,11 +13,16 @@ from timm_gsop.layers.official import (
     OfficialIsqrtCovPool2d,
     OfficialPositionGsop,
 )
+from timm_gsop.layers.pool_factory import SECOND_ORDER_POOLS, check_second_order_pool, create_second_order_pool
 
 __all__ = [
     "FLAVORS",
     "GSOP_TYPES",
+    "NEUTRAL_SCALE",
+    "SECOND_ORDER_POOLS",
+    "BilinearPool2d",
     "ChannelGsop",
+    "CompactBilinearPool2d",
     "CovarianceExcitation",
     "FusedGsop",
     "Gsop",
@@ -27,11 +34,16 @@ __all__ = [
     "OfficialIsqrtCovPool2d",
     "OfficialPositionGsop",
     "PositionGsop",
+    "bilinear_pool",
     "check_gsop",
+    "check_second_order_pool",
+    "compact_bilinear_pool",
     "covariance_pool",
     "create_gsop",
+    "create_second_order_pool",
     "eigh_power",
     "newton_schulz_sqrt",
     "position_covariance",
+    "start_at_half",
     "triu_vectorize",
 ]

@@ -31,6 +31,7 @@ class _CovPool2d(nn.Module):
         super().__init__()
         check_positive_int("in_features", in_features)
         check_positive_int("dim", dim)
+        self.in_features = in_features
         self.out_features = dim * (dim + 1) // 2
         self.reduction = ChannelReduction(in_features, dim, device=device, dtype=dtype)
 

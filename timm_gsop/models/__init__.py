@@ -3,5 +3,6 @@
 from timm_gsop.models.gsop_preresnet import GsopPreActResNet
 from timm_gsop.models.gsop_resnet import GsopResNet
 from timm_gsop.models.gsop_zoo import GsopDenseNet, GsopInceptionV3
+from timm_gsop.models.second_order import SecondOrder
 
-__all__ = ["GsopDenseNet", "GsopInceptionV3", "GsopPreActResNet", "GsopResNet"]
+__all__ = ["GsopDenseNet", "GsopInceptionV3", "GsopPreActResNet", "GsopResNet", "SecondOrder"]

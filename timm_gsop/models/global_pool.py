@@ -6,20 +6,21 @@ import torch
 from timm.layers import create_classifier, get_device_dtype
 from torch import nn
 
-from timm_gsop.checks import check_choice, check_positive_int
-from timm_gsop.layers import IsqrtCovPool2d, MpnCovPool2d, OfficialIsqrtCovPool2d
+from timm_gsop.checks import check_choice
+from timm_gsop.layers import SECOND_ORDER_POOLS, check_second_order_pool, create_second_order_pool
 
-__all__ = ["GLOBAL_POOLS", "GlobalPoolMixin", "init_our_weights"]
+__all__ = ["COV_POOLS", "GLOBAL_POOLS", "GlobalPoolMixin"]
 
+COV_POOLS = ("isqrt", "mpn")
 GLOBAL_POOLS = (
     *("", "avg", "max", "avgmax", "catavgmax"),
     *("fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax"),
-    *("isqrt", "mpn"),
+    *SECOND_ORDER_POOLS,
 )
 
 
 class GlobalPoolMixin:
-    """Gives a network of timm its global pooling and classifier, with covariance pooling among the choices.
+    """Gives a network of timm its global pooling, dropout and classifier, with covariance pooling among the choices.
 
     The network calls :meth:`init_global_pool` when its features are built. ``num_features`` are the channels of the
     last feature map; ``head_hidden_size`` is the width that the classifier reads, dim·(dim+1)/2 after covariance
@@ -40,30 +41,40 @@ class GlobalPoolMixin:
         isqrt_iters: int | None,
         flavor: str,
         *,
+        compact_bilinear_dim: int = 8192,
+        isqrt_drop: float = 0.0,
+        drop_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Create pooling and classifier.
+        """Create pooling, dropout and classifier.
 
         Args:
             num_classes: Number of classes, 0 for none.
             global_pool: One of ``GLOBAL_POOLS``.
-            isqrt_dim: Channels after reduction in covariance pooling.
+            isqrt_dim: Channels after reduction in covariance pooling and in ``"bilinear"``.
             isqrt_iters: Newton–Schulz iterations; None for the flavor's own.
             flavor: ``"paper"`` or ``"official"``.
+            compact_bilinear_dim: Features of ``"compact_bilinear"``.
+            isqrt_drop: Dropout after covariance pooling; other pools ignore it.
+            drop_rate: Dropout after any pooling. There is one dropout: the larger of the two rates applies.
             device: Device of the weights.
             dtype: Precision of the weights.
 
         Raises:
-            ValueError: If ``global_pool`` is unknown, or ``isqrt_dim`` or ``isqrt_iters`` < 1.
+            ValueError: If ``global_pool`` is unknown, a number < 1, or ``isqrt_drop`` is not in [0, 1).
         """
-        check_positive_int("isqrt_dim", isqrt_dim)
-        if isqrt_iters is not None:
-            check_positive_int("isqrt_iters", isqrt_iters)
+        check_second_order_pool(isqrt_dim, isqrt_iters, compact_bilinear_dim)
+        if not isinstance(isqrt_drop, int | float) or not 0 <= isqrt_drop < 1:
+            raise ValueError(f"isqrt_drop={isqrt_drop!r} is not accepted; it must be a number >= 0 and < 1.")
         self.isqrt_dim = isqrt_dim
         self.isqrt_iters = isqrt_iters
+        self.isqrt_drop = isqrt_drop
+        self.drop_rate = drop_rate
         self.flavor = flavor
+        self.compact_bilinear_dim = compact_bilinear_dim
         self.global_pool: Any = nn.Identity()
+        self.head_drop = nn.Dropout()
         self._set_global_pool(num_classes, global_pool, device=device, dtype=dtype)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -79,16 +90,25 @@ class GlobalPoolMixin:
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         self._set_global_pool(num_classes, pool_type, **get_device_dtype(self))
 
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pool features (B, C, H, W) and classify them: (B, num_classes), or what the classifier would read."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.fc(x)
+
     def _set_global_pool(self, num_classes: int, pool_type: str, **dd: Any) -> None:
         check_choice("global_pool", pool_type, GLOBAL_POOLS)
-        if pool_type in ("isqrt", "mpn"):
+        drop_rate = self.drop_rate
+        if pool_type in SECOND_ORDER_POOLS:
             if not self._has_pool(pool_type):
-                self.global_pool = self._create_cov_pool(pool_type, **dd)
+                options = (self.isqrt_dim, self.isqrt_iters, self.compact_bilinear_dim, self.flavor)
+                self.global_pool = create_second_order_pool(pool_type, self.num_features, *options, **dd)
             self.head_hidden_size = self.global_pool.out_features
             _, classifier = create_classifier(self.head_hidden_size, num_classes, **dd)
+            drop_rate = max(drop_rate, self.isqrt_drop) if pool_type in COV_POOLS else drop_rate
         else:
             self.global_pool, classifier = create_classifier(self.num_features, num_classes, pool_type, **dd)
             self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.head_drop.p = float(drop_rate)
         setattr(self, self.classifier_name, classifier.train(self.training))
         self.global_pool.train(self.training)
         self.num_classes = num_classes
@@ -96,20 +116,4 @@ class GlobalPoolMixin:
     def _has_pool(self, pool_type: str) -> bool:
         pool = self.global_pool
         same_type = getattr(pool, "pool_type", None) == pool_type
-        return same_type and pool.reduction.conv.in_channels == self.num_features  # pruning may change the latter
-
-    def _create_cov_pool(self, pool_type: str, **dd: Any) -> nn.Module:
-        if pool_type == "isqrt":
-            pool_class = IsqrtCovPool2d if self.flavor == "paper" else OfficialIsqrtCovPool2d
-            if self.isqrt_iters is None:
-                return pool_class(self.num_features, self.isqrt_dim, **dd)
-            return pool_class(self.num_features, self.isqrt_dim, self.isqrt_iters, **dd)
-        return MpnCovPool2d(self.num_features, self.isqrt_dim, **dd)
-
-
-def init_our_weights(model: nn.Module) -> None:
-    """Initialize our layers in a network, as they do themselves when they are created."""
-    for module in reversed(list(model.modules())):  # a layer has the last word about the convolutions in it
-        reset_parameters: Any = getattr(module, "reset_parameters", None)
-        if type(module).__module__.startswith("timm_gsop.layers.") and reset_parameters is not None:
-            reset_parameters()
+        return same_type and pool.in_features == self.num_features  # pruning may change the latter

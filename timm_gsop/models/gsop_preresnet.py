@@ -6,21 +6,20 @@ Papers:
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, create_attn, create_conv2d
+from timm.layers import BatchNormAct2d, calculate_drop_path_rates, create_attn, create_conv2d
 from timm.models import generate_default_cfgs, register_model
-from timm.models.resnetv2 import ResNetV2
+from timm.models.resnetv2 import PreActBottleneck, ResNetStage, ResNetV2, feature_take_indices
 from torch import nn
 
-from timm_gsop.checks import check_choice, check_positive_int, check_stages
-from timm_gsop.layers import GsopBlock, check_gsop, create_gsop
+from timm_gsop.checks import check_choice, check_positive_int
+from timm_gsop.layers import GsopBlock
 from timm_gsop.models.build import build_model
-from timm_gsop.models.global_pool import GlobalPoolMixin, init_our_weights
-from timm_gsop.models.last_stride import remove_stride
+from timm_gsop.models.gsop_mixin import GsopMixin, reset_parameters
 from timm_gsop.pretrained.locate import shipped
 
 __all__ = ["GsopPreActResNet"]  # register_model adds the entry points
@@ -33,7 +32,121 @@ FASHION_MNIST_LABELS = (
 )
 
 
-class GsopPreActResNet(GlobalPoolMixin, ResNetV2):
+class AttentionBottleneck(PreActBottleneck):
+    """timm's pre-activation bottleneck with an attention layer at the end of its residual branch.
+
+    Args:
+        in_chs: Channels of the input.
+        out_chs: Channels of the output.
+        attn_layer: One of timm's attention layers, ``"se"`` for one.
+        device: Device of the weights.
+        dtype: Precision of the weights.
+        **kwargs: All other arguments of timm's ``PreActBottleneck``.
+
+    Raises:
+        ValueError: If timm does not know the attention layer.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        attn_layer: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(in_chs, out_chs, device=device, dtype=dtype, **kwargs)
+        try:
+            self.attn = create_attn(attn_layer, out_chs, device=device, dtype=dtype)
+        except AssertionError as error:
+            raise ValueError(f"attn_layer={attn_layer!r} is not accepted; accepted: timm's, 'se' for one.") from error
+        self.register_load_state_dict_pre_hook(_rename_attention)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, in_chs, H, W) to (B, out_chs, H / stride, W / stride)."""
+        x_preact = self.norm1(x)
+        shortcut = x if self.downsample is None else self.downsample(x_preact)
+        residual = self.conv3(self.norm3(self.conv2(self.norm2(self.conv1(x_preact)))))
+        return shortcut + self.drop_path(self.attn(residual))
+
+
+def _rename_attention(_: nn.Module, weights: dict[str, torch.Tensor], prefix: str, *__: Any) -> None:
+    """Read weights of before 0.2, when the layer was part of ``drop_path``."""
+    old = f"{prefix}drop_path.attn."
+    for name in [name for name in weights if name.startswith(old)]:
+        weights[f"{prefix}attn.{name.removeprefix(old)}"] = weights.pop(name)
+
+
+class PreActResNet(ResNetV2):
+    """Pre-activation ResNet for small images: a 3×3 stem that keeps their size, and three stages of bottlenecks.
+
+    Args:
+        depth: Bottlenecks in each of the three stages; the network has 9·depth + 2 layers.
+        in_chans: Channels of the image.
+        last_stride: Stride of the last stage, 1 or 2.
+        attn_layer: One of timm's attention layers, at the end of every bottleneck's residual branch; None for none.
+        drop_path_rate: Stochastic depth.
+        zero_init_last: Start every bottleneck as the identity.
+        device: Device of the weights.
+        dtype: Precision of the weights.
+        **kwargs: Other arguments of timm's ``ResNetV2``.
+
+    Raises:
+        ValueError: If an argument is not among the accepted ones.
+    """
+
+    stem: nn.Sequential
+
+    def __init__(
+        self,
+        depth: int,
+        in_chans: int = 3,
+        last_stride: int = 2,
+        attn_layer: str | None = None,
+        drop_path_rate: float = 0.0,
+        zero_init_last: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_positive_int("depth", depth)
+        check_choice("last_stride", last_stride, (1, 2))
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        layers: dict[str, Any] = dict(norm_layer=BatchNormAct2d, conv_layer=_create_conv)
+        self._zero_init_last = zero_init_last
+        super().__init__([], (), in_chans=in_chans, stem_chs=16, **layers, **dd, **kwargs)
+        self.stem = self.stem[:1]  # without the pooling
+        del self.head  # GsopMixin brings pooling and classifier
+        self.feature_info[0]["reduction"] = 1
+        block_fn: Any = PreActBottleneck
+        if attn_layer is not None:
+            block_fn = partial(AttentionBottleneck, attn_layer=attn_layer)
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, [depth] * 3, stagewise=True)
+        for channels, stride, rates in zip((64, 128, 256), (1, 2, last_stride), drop_path_rates, strict=True):
+            before = self.feature_info[-1]
+            stage = ResNetStage(
+                before["num_chs"],
+                channels,
+                stride,
+                dilation=1,
+                depth=depth,
+                block_dpr=rates,
+                block_fn=block_fn,
+                act_layer=nn.ReLU,
+                **layers,
+                **dd,
+            )
+            name = str(len(self.stages))
+            self.stages.add_module(name, stage)
+            info = dict(num_chs=channels, reduction=before["reduction"] * stride, module=f"stages.{name}")
+            self.feature_info.append(info)
+        self.num_features = self.feature_info[-1]["num_chs"]
+        self.norm = BatchNormAct2d(self.num_features, **dd)
+        self.init_weights()
+
+
+class GsopPreActResNet(GsopMixin, PreActResNet):
     """Pre-activation ResNet with three stages of bottlenecks, GSoP blocks among them (paper section 4.3).
 
     The bottlenecks are timm's. A block after bottleneck ``i`` of a stage is called ``gsop{i}``, so that the backbone's
@@ -42,113 +155,65 @@ class GsopPreActResNet(GlobalPoolMixin, ResNetV2):
     Args:
         depth: Bottlenecks in each of the three stages; the network has 9·depth + 2 layers.
         num_classes: Number of classes; 0 for no classifier.
-        in_chans: Channels of the image.
-        global_pool: One of timm's pools, ``"isqrt"`` (iSQRT-COV), ``"mpn"`` (MPN-COV), or ``""`` for none.
-        last_stride: Stride of the last stage: 2 in the vanilla networks, 1 in those with second-order pooling.
-        gsop_type: Kind of the blocks, one of ``GSOP_TYPES``.
-        gsop_layers: Stages 1 to 3 that have blocks; ``()`` for none.
-        gsop_interval: A block follows every so many bottlenecks of a stage, counted from its end, where one stands
-            always.
-        gsop_last: Whether a block follows the network's last bottleneck; in Net2 iSQRT-COV pooling stands there.
+        gsop_interval: A block follows every so many bottlenecks of a stage, counted from its end. The last bottleneck
+            of a stage always has one.
+        gsop_last: Whether a block follows the network's last bottleneck. In Net2, iSQRT-COV pooling takes its place.
         cov_dim: Channels after reduction in a block, the size of its channel covariance.
-        spatial_size: In blocks by position: side of the square that the map is pooled to.
         isqrt_dim: Channels after reduction in covariance pooling.
-        isqrt_iters: Newton–Schulz iterations in ``"isqrt"`` pooling.
-        flavor: ``"paper"``; there is no other.
-        attn_layer: One of timm's attention layers, ``"se"`` for one, at the end of every bottleneck's residual branch:
-            the networks that the paper compares with. None for none.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth.
+        isqrt_drop: Dropout after covariance pooling, one half as in the paper; other pools ignore it.
         zero_init_last: Start every bottleneck as the identity.
+        **kwargs: The arguments of blocks and head (:class:`GsopMixin`); ``in_chans``, ``last_stride`` (2 in the vanilla
+            networks, 1 in those with second-order pooling), ``drop_path_rate``, and ``attn_layer``, one of timm's
+            attention layers, ``"se"`` for one, at the end of every bottleneck's residual branch: the networks that the
+            paper compares with.
 
     Raises:
         ValueError: If an argument is not among the accepted ones.
     """
 
+    num_stages = 3
+
     def __init__(
         self,
         depth: int,
         num_classes: int = 100,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        last_stride: int = 2,
-        gsop_type: str = "channel",
-        gsop_layers: Sequence[int] = (1, 2, 3),
         gsop_interval: int = 3,
         gsop_last: bool = True,
         cov_dim: int = 64,
-        spatial_size: int = 8,
         isqrt_dim: int = 128,
-        isqrt_iters: int = 5,
-        flavor: str = "paper",
-        attn_layer: str | None = None,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        zero_init_last: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        isqrt_drop: float = 0.5,
+        **kwargs: Any,
     ) -> None:
-        check_positive_int("depth", depth)
-        check_choice("last_stride", last_stride, (1, 2))
-        check_choice("flavor", flavor, ("paper",))  # the released code has no networks for small images
-        check_stages("gsop_layers", gsop_layers, num_stages=3)
         check_positive_int("gsop_interval", gsop_interval)
-        check_gsop(gsop_type, cov_dim, spatial_size, flavor)
-        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.gsop_interval = gsop_interval
+        self.gsop_last = gsop_last
         super().__init__(
-            layers=[depth] * 3,
-            channels=(64, 128, 256),
-            num_classes=0,
-            in_chans=in_chans,
-            global_pool="",
-            stem_chs=16,
-            norm_layer=BatchNormAct2d,
-            conv_layer=create_conv2d,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            zero_init_last=zero_init_last,
-            **dd,
+            depth=depth,
+            num_classes=num_classes,
+            cov_dim=cov_dim,
+            isqrt_dim=isqrt_dim,
+            isqrt_drop=isqrt_drop,
+            **kwargs,
         )
-        del self.head  # ours is pooling and classifier, as in ResNet
-        if attn_layer is not None:
-            self._add_attention(attn_layer, **dd)
-        self._replace_stem(**dd)
-        if last_stride == 1:
-            remove_stride(self.stages[2].blocks[0])
-        for info, reduction in zip(self.feature_info, (1, 1, 2, 2 * last_stride), strict=True):
-            info["reduction"] = reduction
-        for stage in sorted(gsop_layers):
-            positions = [i for i in range(depth) if (depth - 1 - i) % gsop_interval == 0]
-            if stage == 3 and not gsop_last:
-                positions.pop()
-            channels = self.feature_info[stage]["num_chs"]
-            blocks = {i: GsopBlock(create_gsop(gsop_type, channels, cov_dim, spatial_size, **dd)) for i in positions}
-            self.stages[stage - 1].blocks = _interleave(self.stages[stage - 1].blocks, blocks)
-        self.init_global_pool(num_classes, global_pool, isqrt_dim, isqrt_iters, flavor, **dd)
 
-    @torch.jit.ignore
-    def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initialize the weights: timm's layers as timm does, ours as they do themselves."""
-        super().init_weights(zero_init_last=zero_init_last)
-        init_our_weights(self)
+    def add_blocks(self, stage: int, create: Callable[..., nn.Module]) -> None:
+        """Put blocks between the bottlenecks of a stage, which keep their names."""
+        bottlenecks = self.stages[stage - 1].blocks
+        depth, channels = len(bottlenecks), self.feature_info[stage]["num_chs"]
+        modules: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, bottleneck in enumerate(bottlenecks):
+            modules[str(i)] = bottleneck
+            is_last = stage == 3 and i == depth - 1
+            if (depth - 1 - i) % self.gsop_interval == 0 and (self.gsop_last or not is_last):
+                modules[f"gsop{i}"] = GsopBlock(create(channels))
+        self.stages[stage - 1].blocks = nn.Sequential(modules)
 
-    def _replace_stem(self, **dd: Any) -> None:
-        """Put a 3×3 convolution, which keeps the small image's size, in place of ResNet's 7×7 one and pooling."""
-        conv = create_conv2d(self.in_chans, self.feature_info[0]["num_chs"], kernel_size=3, **dd)
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as timm's ResNetV2
-        self.stem = nn.Sequential(OrderedDict(conv=conv))
-
-    def _add_attention(self, attn_layer: str, **dd: Any) -> None:
-        for stage, info in zip(self.stages, self.feature_info[1:], strict=True):
-            for bottleneck in stage.blocks:
-                try:
-                    attention = create_attn(attn_layer, info["num_chs"], **dd)
-                except AssertionError as error:
-                    raise ValueError(
-                        f"attn_layer={attn_layer!r} is not accepted; accepted: timm's, 'se' for one."
-                    ) from error
-                # What a bottleneck does last, before it adds its shortcut, it calls drop_path.
-                bottleneck.drop_path = nn.Sequential(OrderedDict(attn=attention, drop_path=bottleneck.drop_path))
+    def init_base(self, zero_init_last: bool | None = None) -> None:
+        """Initialize the backbone as timm does; ``zero_init_last`` is by default as at construction."""
+        ResNetV2.init_weights(self, self._zero_init_last if zero_init_last is None else zero_init_last)
+        for module in self.modules():  # attention layers as they initialize themselves
+            if isinstance(module, AttentionBottleneck):
+                reset_parameters(module.attn)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -173,34 +238,20 @@ class GsopPreActResNet(GlobalPoolMixin, ResNetV2):
         self, x: torch.Tensor, indices: int | list[int] | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """timm's ``forward_intermediates``, for four feature levels: the stem and three stages."""
-        return super().forward_intermediates(x, self._level_indices(indices), *args, **kwargs)
+        return super().forward_intermediates(x, self._levels(indices), *args, **kwargs)
 
     def prune_intermediate_layers(self, indices: int | list[int] = 1, *args: Any, **kwargs: Any) -> list[int]:
         """timm's ``prune_intermediate_layers``, for four feature levels: the stem and three stages."""
-        return super().prune_intermediate_layers(self._level_indices(indices), *args, **kwargs)
+        return super().prune_intermediate_layers(self._levels(indices), *args, **kwargs)
 
-    def _level_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        """Feature levels that timm's convention means: the last n for an int, all for None, negative from the end."""
-        levels = range(len(self.feature_info))
-        if indices is None:
-            return list(levels)
-        return list(levels[-indices:]) if isinstance(indices, int) else [levels[i] for i in indices]
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Pool features (B, C, H, W) and classify them: (B, num_classes), or what the classifier would read."""
-        x = self.global_pool(x)
-        x = F.dropout(x, p=float(self.drop_rate), training=self.training)
-        return x if pre_logits else self.fc(x)
+    def _levels(self, indices: int | list[int] | None) -> list[int]:
+        return feature_take_indices(len(self.feature_info), indices)[0]
 
 
-def _interleave(bottlenecks: nn.Sequential, blocks: Mapping[int, nn.Module]) -> nn.Sequential:
-    """Put ``blocks[i]`` after bottleneck ``i``, as ``gsop{i}``; the bottlenecks keep their names."""
-    modules: OrderedDict[str, nn.Module] = OrderedDict()
-    for i, bottleneck in enumerate(bottlenecks):
-        modules[str(i)] = bottleneck
-        if i in blocks:
-            modules[f"gsop{i}"] = blocks[i]
-    return nn.Sequential(modules)
+def _create_conv(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, **kwargs: Any) -> nn.Module:
+    """timm's convolution; in place of the stem's 7×7 one, a 3×3 one that keeps a small image's size."""
+    kernel_size, stride = (3, 1) if kernel_size == 7 else (kernel_size, stride)
+    return create_conv2d(in_chs, out_chs, kernel_size, stride=stride, **kwargs)
 
 
 def _create_gsop_preresnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GsopPreActResNet:
@@ -273,8 +324,8 @@ _PRERESNET164: dict[str, Any] = dict(depth=18)
 
 _NO_GSOP: dict[str, Any] = dict(gsop_layers=(), global_pool="avg", last_stride=2)
 _NET1: dict[str, Any] = dict(gsop_layers=(1, 2, 3), global_pool="avg", last_stride=1)
-_NET2: dict[str, Any] = dict(gsop_layers=(1, 2, 3), gsop_last=False, global_pool="isqrt", last_stride=1, drop_rate=0.5)
-_ISQRT_COV: dict[str, Any] = dict(gsop_layers=(), global_pool="isqrt", last_stride=1, drop_rate=0.5)
+_NET2: dict[str, Any] = dict(gsop_layers=(1, 2, 3), gsop_last=False, global_pool="isqrt", last_stride=1)
+_ISQRT_COV: dict[str, Any] = dict(gsop_layers=(), global_pool="isqrt", last_stride=1)
 
 
 @register_model

@@ -8,18 +8,18 @@ Papers:
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
 
-from timm_gsop.checks import check_choice, check_stages
-from timm_gsop.layers import GsopBlock, IsqrtCovPool2d, OfficialIsqrtCovPool2d, check_gsop, create_gsop
+from timm_gsop.checks import check_choice
+from timm_gsop.layers import FLAVORS, GsopBlock, IsqrtCovPool2d, OfficialIsqrtCovPool2d
 from timm_gsop.models.build import build_model
-from timm_gsop.models.global_pool import GlobalPoolMixin, init_our_weights
+from timm_gsop.models.gsop_mixin import GsopMixin
 from timm_gsop.models.last_stride import remove_stride
 from timm_gsop.models.timm_weights import with_timm_weights
 from timm_gsop.pretrained.checkpoint import Weights
@@ -32,79 +32,75 @@ __all__ = ["GsopResNet", "checkpoint_filter_fn"]  # register_model adds the entr
 _logger = logging.getLogger(__name__)
 
 
-class GsopResNet(GlobalPoolMixin, ResNet):
+class GsopResNet(GsopMixin, ResNet):
     """timm's ResNet with GSoP blocks after its stages, and first- or second-order global pooling (paper Table 3).
 
     A block is appended to its stage, so that the backbone's weights have the names that they have in timm's ResNet. In
-    the official flavor it stands inside the last bottleneck instead, as ``se``.
+    the official flavor it is inside the last residual block instead, as ``se``.
 
     Args:
         block: Residual block, timm's ``Bottleneck`` or ``BasicBlock``.
         layers: Number of residual blocks in each of the four stages.
         num_classes: Number of classes; 0 for no classifier.
-        global_pool: One of timm's pools, ``"isqrt"`` (iSQRT-COV), ``"mpn"`` (MPN-COV), or ``""`` for none.
         output_stride: As in timm: 16 or 8 dilates the last stages. At 32, ``last_stride`` decides.
-        last_stride: Stride of the last stage, undilated: 1, as in the paper, or 2, as in other ResNets.
-        gsop_type: Kind of the blocks, one of ``GSOP_TYPES``.
-        gsop_layers: Stages 1 to 4 (``layer1`` to ``layer4``) that end with a block; ``()`` for none.
-        cov_dim: Channels after reduction in a block, the size of its channel covariance.
-        spatial_size: In blocks by position: side of the square that the map is pooled to.
-        isqrt_dim: Channels after reduction in covariance pooling.
-        isqrt_iters: Newton–Schulz iterations in ``"isqrt"`` pooling; None for the flavor's own, 5 in the paper, 3 in
-            the released code.
+        last_stride: Stride of the last stage, undilated: 1, as in the paper, or 2, as in other ResNets. None for 1,
+            and for no choice where ``output_stride`` is 16 or 8.
         flavor: ``"paper"``, or ``"official"`` for what the paper's authors released (``timm_gsop.layers.official``).
-        **kwargs: All other arguments of timm's ``ResNet``; ``zero_init_last`` is False in the official flavor.
+        zero_init_last: Start every residual block as the identity; None for True in the paper flavor, False in the
+            official one.
+        **kwargs: The arguments of blocks and head (:class:`GsopMixin`), and all others of timm's ``ResNet``.
 
     Raises:
         ValueError: If an argument is not among the accepted ones.
     """
+
+    flavors = FLAVORS
 
     def __init__(
         self,
         block: type[BasicBlock] | type[Bottleneck],
         layers: Sequence[int],
         num_classes: int = 1000,
-        global_pool: str = "avg",
         output_stride: int = 32,
-        last_stride: int = 1,
-        gsop_type: str = "channel",
-        gsop_layers: Sequence[int] = (1, 2, 3, 4),
-        cov_dim: int = 128,
-        spatial_size: int = 8,
-        isqrt_dim: int = 256,
-        isqrt_iters: int | None = None,
+        last_stride: int | None = None,
         flavor: str = "paper",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        zero_init_last: bool | None = None,
         **kwargs: Any,
     ) -> None:
         check_choice("output_stride", output_stride, (8, 16, 32))
-        check_choice("last_stride", last_stride, (1, 2))
-        check_stages("gsop_layers", gsop_layers, num_stages=4)
-        check_gsop(gsop_type, cov_dim, spatial_size, flavor)
-        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        check_choice("last_stride", last_stride, (None, 1, 2))
+        if last_stride is not None and output_stride != 32:
+            raise ValueError(
+                f"last_stride={last_stride!r} is not accepted with output_stride={output_stride!r}, which sets the "
+                "stride of the last stage itself; accepted: last_stride=None, or output_stride=32."
+            )
         # The released code starts no residual branch at zero; by position it could not leave zero, behind a ReLU.
-        kwargs.setdefault("zero_init_last", flavor == "paper")
-        # Without its head, which follows below.
-        super().__init__(block, layers, num_classes=0, global_pool="", output_stride=output_stride, **dd, **kwargs)
-        if last_stride == 1 and output_stride == 32:
+        self._zero_init_last = flavor == "paper" if zero_init_last is None else zero_init_last
+        super().__init__(
+            block=block,
+            layers=layers,
+            num_classes=num_classes,
+            output_stride=output_stride,
+            flavor=flavor,
+            zero_init_last=self._zero_init_last,
+            **kwargs,
+        )
+        if output_stride == 32 and last_stride != 2:
             remove_stride(self.layer4[0])
             self.feature_info[4]["reduction"] = self.feature_info[3]["reduction"]
-        for stage in sorted(gsop_layers):
-            layer = self.get_submodule(f"layer{stage}")
-            channels = self.feature_info[stage]["num_chs"]
-            gsop = create_gsop(gsop_type, channels, cov_dim, spatial_size, flavor, stride=2 if stage == 1 else 1, **dd)
-            if flavor == "paper":
-                layer.append(GsopBlock(gsop))
-            else:  # inside the last bottleneck, where timm puts an attention layer
-                layer[-1].se = gsop
-        self.init_global_pool(num_classes, global_pool, isqrt_dim, isqrt_iters, flavor, **dd)
 
-    @torch.jit.ignore
-    def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initialize the weights: timm's layers as timm does, ours as they do themselves."""
-        super().init_weights(zero_init_last=zero_init_last)
-        init_our_weights(self)
+    def add_blocks(self, stage: int, create: Callable[..., nn.Module]) -> None:
+        """Append a block to a stage, or, in the official flavor, put it where timm's last block has its attention."""
+        layer = self.get_submodule(f"layer{stage}")
+        gsop = create(self.feature_info[stage]["num_chs"], stride=2 if stage == 1 else 1)
+        if self.flavor == "paper":
+            layer.append(GsopBlock(gsop))
+        else:
+            layer[-1].se = gsop
+
+    def init_base(self, zero_init_last: bool | None = None) -> None:
+        """Initialize timm's ResNet; ``zero_init_last`` is by default as at construction."""
+        ResNet.init_weights(self, self._zero_init_last if zero_init_last is None else zero_init_last)
 
 
 def checkpoint_filter_fn(weights: Weights, model: GsopResNet) -> Weights:
@@ -188,10 +184,18 @@ def _isqrt_in1k(name: str, **kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
+        **with_timm_weights("gsop_resnet18_net1", "resnet18.a1_in1k", _cfg(**_GSOP)),
+        "gsop_resnet18_net1.untrained": _cfg(**_GSOP),
+        **with_timm_weights("gsop_resnet18_net2", "resnet18.a1_in1k", _cfg(**_GSOP), new_head=True),
+        "gsop_resnet18_net2.untrained": _cfg(**_GSOP),
         **with_timm_weights("gsop_resnet26_net1", "resnet26.bt_in1k", _cfg(**_GSOP)),
         "gsop_resnet26_net1.untrained": _cfg(**_GSOP),
         **with_timm_weights("gsop_resnet26_net2", "resnet26.bt_in1k", _cfg(**_GSOP), new_head=True),
         "gsop_resnet26_net2.untrained": _cfg(**_GSOP),
+        **with_timm_weights("gsop_resnet34_net1", "resnet34.a1_in1k", _cfg(**_GSOP)),
+        "gsop_resnet34_net1.untrained": _cfg(**_GSOP),
+        **with_timm_weights("gsop_resnet34_net2", "resnet34.a1_in1k", _cfg(**_GSOP), new_head=True),
+        "gsop_resnet34_net2.untrained": _cfg(**_GSOP),
         **with_timm_weights("gsop_resnet50_net1", "resnet50.a1_in1k", _cfg(**_GSOP)),
         "gsop_resnet50_net1.untrained": _cfg(**_GSOP),
         "gsop_resnet50_net2.isqrt_in1k": _isqrt_in1k("gsop_resnet50_net2.isqrt_in1k", **_GSOP),
@@ -215,7 +219,9 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+_RESNET18: dict[str, Any] = dict(block=BasicBlock, layers=(2, 2, 2, 2))
 _RESNET26: dict[str, Any] = dict(block=Bottleneck, layers=(2, 2, 2, 2))
+_RESNET34: dict[str, Any] = dict(block=BasicBlock, layers=(3, 4, 6, 3))
 _RESNET50: dict[str, Any] = dict(block=Bottleneck, layers=(3, 4, 6, 3))
 _RESNET101: dict[str, Any] = dict(block=Bottleneck, layers=(3, 4, 23, 3))
 _RESNET152: dict[str, Any] = dict(block=Bottleneck, layers=(3, 8, 36, 3))
@@ -225,6 +231,20 @@ _NET1: dict[str, Any] = dict(gsop_layers=(1, 2, 3, 4), global_pool="avg")
 _NET2: dict[str, Any] = dict(gsop_layers=(1, 2, 3), global_pool="isqrt")
 _ISQRT_COV: dict[str, Any] = dict(gsop_layers=(), global_pool="isqrt")
 _MPN_COV: dict[str, Any] = dict(gsop_layers=(), global_pool="mpn")
+
+
+@register_model
+def gsop_resnet18_net1(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """GSoP-Net1 on ResNet-18: GSoP blocks after all stages, average pooling."""
+    model_args = dict(_RESNET18, **_NET1)
+    return _create_gsop_resnet("gsop_resnet18_net1", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gsop_resnet18_net2(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """GSoP-Net2 on ResNet-18: GSoP blocks after the first three stages, iSQRT-COV pooling."""
+    model_args = dict(_RESNET18, **_NET2)
+    return _create_gsop_resnet("gsop_resnet18_net2", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -239,6 +259,20 @@ def gsop_resnet26_net2(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
     """GSoP-Net2 on ResNet-26: GSoP blocks after the first three stages, iSQRT-COV pooling."""
     model_args = dict(_RESNET26, **_NET2)
     return _create_gsop_resnet("gsop_resnet26_net2", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gsop_resnet34_net1(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """GSoP-Net1 on ResNet-34: GSoP blocks after all stages, average pooling."""
+    model_args = dict(_RESNET34, **_NET1)
+    return _create_gsop_resnet("gsop_resnet34_net1", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gsop_resnet34_net2(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """GSoP-Net2 on ResNet-34: GSoP blocks after the first three stages, iSQRT-COV pooling."""
+    model_args = dict(_RESNET34, **_NET2)
+    return _create_gsop_resnet("gsop_resnet34_net2", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -10,7 +10,7 @@ Papers:
 * Rethinking the Inception Architecture for Computer Vision, CVPR 2016 - https://arxiv.org/abs/1512.00567
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,16 +20,18 @@ from timm.data import (
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
 )
+from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from timm.models.densenet import DenseNet
 from timm.models.inception_v3 import InceptionV3
 from timm.models.resnet import Bottleneck
+from torch import nn
 
-from timm_gsop.checks import check_choice, check_stages
+from timm_gsop.checks import check_choice
 from timm_gsop.insert import attach_gsop
-from timm_gsop.layers import GsopBlock, check_gsop, create_gsop
+from timm_gsop.layers import GsopBlock
 from timm_gsop.models.build import build_model
-from timm_gsop.models.global_pool import GlobalPoolMixin
+from timm_gsop.models.gsop_mixin import GsopMixin
 from timm_gsop.models.gsop_resnet import GsopResNet, checkpoint_filter_fn
 from timm_gsop.models.timm_weights import with_timm_weights
 from timm_gsop.pretrained.checkpoint import Weights
@@ -38,105 +40,139 @@ from timm_gsop.pretrained.neutral import NEUTRAL_GAIN, neutral_start
 __all__ = ["GsopDenseNet", "GsopInceptionV3"]  # register_model adds the entry points
 
 
-class GsopDenseNet(GlobalPoolMixin, DenseNet):
-    """timm's DenseNet with GSoP blocks after its dense blocks, in front of the transitions and after the last BN.
+class SmallestImageMixin:
+    """For networks of timm whose maps shrink to nothing: a clear error for images that are too small."""
+
+    smallest_image: int
+
+    def forward_intermediates(self, x: torch.Tensor, *args: Any, stop_early: bool = False, **kwargs: Any) -> Any:
+        """timm's ``forward_intermediates``."""
+        if not stop_early:
+            check_image_size(x, self.smallest_image)
+        return super().forward_intermediates(x, *args, stop_early=stop_early, **kwargs)  # type: ignore[misc]
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
+        """timm's ``prune_intermediate_layers``; what is left of the network may accept smaller images."""
+        self.smallest_image = 1
+        return super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
+
+
+def check_image_size(x: torch.Tensor, smallest: int) -> None:
+    """Raise ``ValueError`` for an image, (B, C, H, W), with a side below ``smallest``; graphs do not check."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return
+    if min(x.shape[-2:]) < smallest:
+        raise ValueError(
+            f"input has shape {tuple(x.shape)}, too small for this network; accepted: images of at least "
+            f"{smallest}×{smallest}."
+        )
+
+
+torch.fx.wrap("check_image_size")  # a leaf in torch.fx's graphs: within a trace, shapes are no numbers
+
+
+class GsopDenseNet(SmallestImageMixin, GsopMixin, DenseNet):
+    """timm's DenseNet with GSoP blocks after its dense blocks, before the transitions and after the last BN.
+
+    Stages are dense blocks, 1 to 4 by default.
 
     Args:
-        num_classes: Number of classes; 0 for no classifier.
-        global_pool: One of timm's pools, ``"isqrt"`` (iSQRT-COV), ``"mpn"`` (MPN-COV), or ``""`` for none.
-        gsop_type: Kind of the blocks, one of ``GSOP_TYPES``.
-        gsop_layers: Dense blocks 1 to 4 that a GSoP block follows; ``()`` for none.
-        cov_dim: Channels after reduction in a block, the size of its channel covariance.
-        spatial_size: In blocks by position: side of the square that the map is pooled to.
-        isqrt_dim: Channels after reduction in covariance pooling.
-        isqrt_iters: Newton–Schulz iterations in ``"isqrt"`` pooling.
-        flavor: ``"paper"``; there is no other.
-        **kwargs: All other arguments of timm's ``DenseNet``.
+        block_config: Layers in each dense block.
+        **kwargs: The arguments of blocks and head (:class:`GsopMixin`), and all others of timm's ``DenseNet``.
 
     Raises:
-        ValueError: If an argument is not among the accepted ones.
+        ValueError: If an argument is not among the accepted ones; in ``forward``, if the image is too small.
     """
 
     classifier_name = "classifier"
 
-    def __init__(
-        self,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        gsop_type: str = "channel",
-        gsop_layers: Sequence[int] = (1, 2, 3, 4),
-        cov_dim: int = 128,
-        spatial_size: int = 8,
-        isqrt_dim: int = 256,
-        isqrt_iters: int = 5,
-        flavor: str = "paper",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> None:
-        check_choice("flavor", flavor, ("paper",))  # the released code has ResNets only
-        check_gsop(gsop_type, cov_dim, spatial_size, flavor)
-        check_stages("gsop_layers", gsop_layers, num_stages=4)
-        dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        super().__init__(num_classes=0, global_pool="", **dd, **kwargs)
-        for stage in sorted(gsop_layers):
-            channels = self.feature_info[stage]["num_chs"]
-            block = GsopBlock(create_gsop(gsop_type, channels, cov_dim, spatial_size, **dd))
-            if stage < 4:
-                transition: Any = self.get_submodule(f"features.transition{stage}")
-                attach_gsop(block, transition, in_front=True)
-                transition.norm.eps *= NEUTRAL_GAIN**2  # so that a neutral block changes nothing, in training either
-            else:
-                attach_gsop(block, self.get_submodule("features.norm5"))
-        self.init_global_pool(num_classes, global_pool, isqrt_dim, isqrt_iters, flavor, **dd)
+    def __init__(self, block_config: Sequence[int] = (6, 12, 24, 16), **kwargs: Any) -> None:
+        self.num_stages = len(block_config)
+        self.smallest_image = 4 * 2 ** (self.num_stages - 1) - 3  # the stem halves twice, rounding up, transitions down
+        super().__init__(block_config=block_config, **kwargs)
+
+    def add_blocks(self, stage: int, create: Callable[..., nn.Module]) -> None:
+        """Put a block before a stage's transition, or after the last batch normalization."""
+        block = GsopBlock(create(self.feature_info[stage]["num_chs"]))
+        if stage < self.num_stages:
+            transition: Any = self.get_submodule(f"features.transition{stage}")
+            attach_gsop(block, transition, in_front=True)
+            transition.norm.eps *= NEUTRAL_GAIN**2  # so that a neutral block changes nothing, in training either
+        else:
+            attach_gsop(block, self.get_submodule("features.norm5"))
+
+    def init_base(self) -> None:
+        """Initialize the convolutions as timm's DenseNet does; its other layers start as PyTorch's."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's patterns; the last BN, with its block, belongs to the last dense block."""
+        matcher = super().group_matcher(coarse)
+        if not coarse:
+            matcher["blocks"].append((r"^features\.norm5", (99999,)))  # timm's sign for the group before
+        return matcher
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images (B, in_chans, H, W) to features (B, C, H', W')."""
+        if not torch.jit.is_scripting():
+            check_image_size(x, self.smallest_image)
+        return self.features(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pool features (B, C, H, W) and classify them: (B, num_classes), or what the classifier would read."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.classifier(x)
 
 
-class GsopInceptionV3(GlobalPoolMixin, InceptionV3):
+class GsopInceptionV3(SmallestImageMixin, GsopMixin, InceptionV3):
     """timm's Inception-v3 with GSoP blocks after its last modules of each size: Mixed_5d, Mixed_6e and Mixed_7c.
 
+    Its three stages have maps of 35×35, 17×17 and 8×8 for an image of 299×299.
+
     Args:
-        num_classes: Number of classes; 0 for no classifier.
-        global_pool: One of timm's pools, ``"isqrt"`` (iSQRT-COV), ``"mpn"`` (MPN-COV), or ``""`` for none.
-        gsop_type: Kind of the blocks, one of ``GSOP_TYPES``.
-        gsop_layers: Stages 1 to 3 (35×35, 17×17 and 8×8 at 299×299) that end with a block; ``()`` for none.
-        cov_dim: Channels after reduction in a block, the size of its channel covariance.
-        spatial_size: In blocks by position: side of the square that the map is pooled to.
-        isqrt_dim: Channels after reduction in covariance pooling.
-        isqrt_iters: Newton–Schulz iterations in ``"isqrt"`` pooling.
-        flavor: ``"paper"``; there is no other.
-        drop_rate: Dropout before the classifier.
-        **kwargs: Other arguments of timm's ``InceptionV3``, ``aux_logits`` excepted.
+        **kwargs: The arguments of blocks and head (:class:`GsopMixin`), and all others of timm's ``InceptionV3``,
+            ``aux_logits`` excepted.
 
     Raises:
-        ValueError: If an argument is not among the accepted ones.
+        ValueError: If an argument is not among the accepted ones; in ``forward``, if the image is smaller than 75×75.
     """
 
-    def __init__(
-        self,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        gsop_type: str = "channel",
-        gsop_layers: Sequence[int] = (1, 2, 3),
-        cov_dim: int = 128,
-        spatial_size: int = 8,
-        isqrt_dim: int = 256,
-        isqrt_iters: int = 5,
-        flavor: str = "paper",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> None:
-        check_choice("flavor", flavor, ("paper",))  # the released code has ResNets only
-        check_gsop(gsop_type, cov_dim, spatial_size, flavor)
-        check_stages("gsop_layers", gsop_layers, num_stages=3)
+    num_stages = 3
+    smallest_image = 75
+
+    def __init__(self, **kwargs: Any) -> None:
         check_choice("aux_logits", kwargs.pop("aux_logits", False), (False,))
-        dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        super().__init__(num_classes=0, global_pool="", **dd, **kwargs)
-        for stage in sorted(gsop_layers):
-            info = self.feature_info[stage + 1]  # the stem has two levels
-            block = GsopBlock(create_gsop(gsop_type, info["num_chs"], cov_dim, spatial_size, **dd))
-            attach_gsop(block, self.get_submodule(info["module"]))
-        self.init_global_pool(num_classes, global_pool, isqrt_dim, isqrt_iters, flavor, **dd)
+        super().__init__(**kwargs)
+
+    def add_blocks(self, stage: int, create: Callable[..., nn.Module]) -> None:
+        """Attach a block to the last module of a stage."""
+        info = self.feature_info[stage + 1]  # the stem has two levels
+        attach_gsop(GsopBlock(create(info["num_chs"])), self.get_submodule(info["module"]))
+
+    def init_base(self) -> None:
+        """Initialize the convolutions as timm's Inception-v3 does; its other layers start as PyTorch's."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                trunc_normal_(module.weight, std=0.1)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+        """timm's groups; the pooling's weights belong to the head."""
+        group = super().group_matcher(coarse)
+        return lambda name: float("inf") if name.startswith("global_pool.") else group(name)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images (B, in_chans, H, W) to features (B, C, H', W')."""
+        if not torch.jit.is_scripting():
+            check_image_size(x, self.smallest_image)
+        return self.forward_postaux(self.forward_preaux(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
 
 
 def filter_without_aux(weights: Weights, model: GsopDenseNet | GsopInceptionV3) -> Weights:

@@ -11,11 +11,10 @@ from timm.models.inception_v3 import InceptionV3
 from timm.models.resnet import ResNet
 from torch import nn
 
-from timm_gsop.layers import ChannelGsop, FusedGsop, GsopBlock, OfficialFusedGsop, OfficialPositionGsop, PositionGsop
-from timm_gsop.layers.gsop import Concatenation
+from timm_gsop.layers import ChannelGsop, FusedGsop, GsopBlock, PositionGsop, start_at_half
 from timm_gsop.pretrained.checkpoint import Weights
 
-__all__ = ["NEUTRAL_GAIN", "neutral_start", "silence_blocks"]
+__all__ = ["NEUTRAL_GAIN", "neutral_start"]
 
 NEUTRAL_GAIN = 1.5
 """What a neutral block makes of its input in the paper flavor: x + x / 2."""
@@ -75,7 +74,7 @@ def neutral_start(model: nn.Module, weights: Weights) -> Weights:
     scalings = [site.scalings() for site in new]  # before anything changes
     for site, made_up_by in zip(new, scalings, strict=True):
         gsop = model.get_submodule(site.block[:-1])
-        _silence(gsop)
+        start_at_half(gsop)
         for name, factor, inputs in made_up_by:
             if name in weights:
                 value = weights[name].clone()
@@ -186,54 +185,3 @@ def _head_readers(model: Any) -> list[str]:
 
 def _read_by(names: list[str], inputs: slice = slice(None)) -> list[_Scaling]:
     return [_Scaling(name, 1 / NEUTRAL_GAIN, inputs) for name in names]
-
-
-@torch.no_grad()
-def silence_blocks(model: nn.Module) -> int:
-    """Let every GSoP block of a model scale by one half, whatever its input. Nothing else changes.
-
-    What remains shows what the blocks contribute. :func:`neutral_start` also makes up for the factor.
-
-    Args:
-        model: Any model; the weights of its blocks are changed.
-
-    Returns:
-        The number of blocks.
-
-    Raises:
-        ValueError: If a block of the official flavor has position-wise parts.
-
-    Example:
-        >>> import timm
-        >>> from timm_gsop.pretrained.neutral import silence_blocks
-        >>> model = timm.create_model("gsop_resnet26_net2", channels=(8, 16, 24, 32), cov_dim=8).eval()
-        >>> silence_blocks(model)
-        3
-        >>> model.layer1[-1].gsop.weights(torch.randn(1, 8 * 4, 6, 6)).unique()
-        tensor([0.5000])
-    """
-    kinds = ChannelGsop | PositionGsop | FusedGsop
-    parts = {id(part) for m in model.modules() if isinstance(m, FusedGsop) for part in (m.channel, m.position)}
-    blocks = [m for m in model.modules() if isinstance(m, kinds) and id(m) not in parts]
-    for block in blocks:
-        _silence(block)
-    return len(blocks)
-
-
-def _silence(gsop: nn.Module) -> None:
-    """Let a layer scale by one half, whatever its input."""
-    if isinstance(gsop, OfficialPositionGsop | OfficialFusedGsop):
-        raise ValueError(
-            "flavor='official' with position-wise blocks cannot start neutral, for they rectify or normalize what they "
-            "scaled; accepted: gsop_type='channel', or flavor='paper'."
-        )
-    if isinstance(gsop, FusedGsop):
-        _silence(gsop.channel)
-        _silence(gsop.position)
-        if isinstance(gsop.fuse, Concatenation):
-            halves = torch.eye(gsop.fuse.conv.out_channels)[:, :, None, None] / 2
-            gsop.fuse.conv.weight.copy_(torch.cat([halves, halves], dim=1))
-            nn.init.zeros_(gsop.fuse.conv.bias)  # type: ignore[arg-type]
-    elif isinstance(gsop, ChannelGsop | PositionGsop):
-        nn.init.zeros_(gsop.excitation.expand_conv.weight)
-        nn.init.zeros_(gsop.excitation.expand_conv.bias)  # type: ignore[arg-type]

@@ -1,0 +1,220 @@
+"""What README and docs show: examples run, commands and links exist, figures are those of the kept results."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+import torch
+import yaml
+
+import timm_gsop
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDES = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "hub/README.md", ROOT / "train_configs/README.md"]
+README = PAGES[0].read_text(encoding="utf-8")
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+# Runs each program named on its input, in the folder that it is in, in a process of its own. The processes are forks of
+# one that has imported torch and nothing else of use, because that takes longer than most examples.
+RUNNER = """
+import os, sys, traceback
+import torch, torchvision
+for line in sys.stdin:
+    program = line.strip()
+    child = os.fork()
+    if child == 0:
+        os.chdir(os.path.dirname(program))
+        out = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        code = 1
+        try:
+            exec(compile(open(program).read(), program, "exec"), {"__name__": "__main__"})
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+# Writes the usage of commands, in one process as well.
+USAGES = """
+import contextlib, io, json, os, runpy, sys
+os.chdir(ROOT)
+usages = {}
+for command in COMMANDS:
+    module, *words = command.split()
+    sys.argv = [module, *words, "--help"]
+    out = io.StringIO()
+    run = runpy.run_path if module.endswith(".py") else runpy.run_module
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        run(module, run_name="__main__")
+    usages[command] = out.getvalue()
+with open(RESULT, "w") as file:
+    json.dump(usages, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_program() -> Iterator[Callable[[Path, str], str]]:
+    """Run a program in a folder; its output, if it succeeds."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", RUNNER], env=ENV, **pipes) as runner:
+
+        def run(folder: Path, code: str) -> str:
+            (folder / "program.py").write_text(code, encoding="utf-8")
+            print(folder / "program.py", file=runner.stdin, flush=True)
+            exit_code = runner.stdout.readline().strip()
+            output = (folder / "output.txt").read_text(encoding="utf-8")
+            assert exit_code == "0", output[-3000:]
+            return output
+
+        yield run
+        runner.stdin.close()
+
+
+def fences(page: Path, *languages: str) -> list[tuple[str, str]]:
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [(info, text) for info, text in found if info.partition(" ")[0] in languages]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Words of every command line that a page shows."""
+    lines = "\n".join(text for _, text in fences(page, "")).replace("\\\n", " ").splitlines()
+    plain = [line.removeprefix("$ ") for line in lines if line.count('"') % 2 == 0 and line.count("'") % 2 == 0]
+    return [words for line in plain if (words := shlex.split(line, comments=True))]
+
+
+def python_commands(page: Path) -> list[list[str]]:
+    """What follows ``python``: a script or a module, and its arguments."""
+    shown = []
+    for words in commands(page):
+        for launcher in ("python", "torchrun"):
+            if launcher in words:
+                rest = words[words.index(launcher) + 1 :]
+                shown.append(
+                    rest if launcher == "python" else rest[next(i for i, w in enumerate(rest) if w[0] != "-") :]
+                )
+    return [words for words in shown if words[0] != "-c"]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if fences(p, "python")], ids=lambda p: p.name)
+def test_python_examples_run_as_pasted(page, tmp_path, run_program):
+    """In order, in a process of their own, in a folder that has only the files of this repository that they name.
+
+    Those marked ``network`` run without their download.
+    """
+    blocks = [
+        text.replace("pretrained=True", "pretrained=False") if "network" in info else text
+        for info, text in fences(page, "python")
+    ]
+    if page.name == "export.md" and torch.__version__ < (2, 6):
+        pytest.skip("PyTorch's exporters are older than these ways to ask")
+    code = "\n".join(blocks)
+    for name in re.findall(r'"((?:docs|examples)/[^"]+)"', code):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    output = run_program(tmp_path, code)
+    if page.name == "README.md":
+        assert output.splitlines()[0] == "Ankle boot"
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    shown = {
+        target for page in GUIDES for target in re.findall(r"(?:^|`)make ([\w-]+)", page.read_text(), re.MULTILINE)
+    }
+    assert {"quickstart", "test", "docs"} <= shown <= set(targets)
+
+
+def test_shown_commands_have_their_options(tmp_path, run_program):
+    """Our own commands' options are in their usage, those of timm's train.py in the list of its options."""
+    train_options = set(yaml.safe_load((ROOT / "tests/data/train_options.yaml").read_text()))
+    ours: dict[str, set[str]] = {}
+    for page in GUIDES:
+        for script, *words in python_commands(page):
+            options = {word.partition("=")[0].strip("[]") for word in words if word.strip("[").startswith("--")}
+            if script == "-m":
+                command = " ".join(words[: 1 + (words[1:2] == ["curves"])])
+            elif script == "train.py":
+                assert {option[2:].replace("-", "_") for option in options} <= train_options, page.name
+                continue
+            elif script in ("validate.py", "onnx_export.py"):  # timm's, not at hand
+                continue
+            else:
+                assert (ROOT / script).is_file(), f"{page.name}: {script}"
+                command = script
+            ours.setdefault(command, set()).update(options)
+    assert "timm_gsop.viz curves" in ours
+    assert "hub/publish.py" in ours
+    result = tmp_path / "usages.json"
+    run_program(tmp_path, f"ROOT, COMMANDS, RESULT = {str(ROOT)!r}, {list(ours)!r}, {str(result)!r}\n{USAGES}")
+    for command, usage in json.loads(result.read_text()).items():
+        assert ours[command] <= set(re.findall(r"--[\w-]+", usage)), f"{command}: {usage}"
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 180
+    assert README.index("pip install") < README.index("```python") < README.index("make quickstart")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_prose_ends_at_120_columns(page):
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    prose = re.sub(r"<!-- (?!end).*?<!-- end -->", "", prose, flags=re.DOTALL)  # what was measured
+    assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+
+
+def test_times_beside_resnet50_are_those_measured():
+    rows = json.loads((ROOT / "benchmarks/results/performance/networks.json").read_text())["rows"]
+    seconds = {row["way"]: {name: timing["seconds"] for name, timing in row["alternatives"].items()} for row in rows}
+    performance = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    names = {
+        "the twin": "twin",
+        **{f"`{n}`": n for n in ("isqrt_resnet50", "gsop_resnet50_net1", "gsop_resnet50_net2")},
+    }
+    for label, name in names.items():
+        times = [f"{seconds[way][name] / seconds[way]['resnet50']:.2f}×" for way in ("inference", "training")]
+        row = next(line for line in README.splitlines() if line.startswith(f"| {label} |"))
+        assert [cell.strip() for cell in row.split("|")[4:6]] == times
+        row = next(line for line in performance.splitlines() if line.startswith(f"| {label.removeprefix('the ')} |"))
+        assert [cell.strip() for cell in row.split("|")[2:5:2]] == times
+
+
+def test_the_reference_has_every_public_name():
+    reference = (ROOT / "docs/api.rst").read_text()
+    names = set(timm_gsop.__all__) - {"__version__", "models"}
+    assert {name for name in names if name not in reference} == set()
+    assert names - {"insert_gsop"} <= set(timm_gsop.layers.__all__)
+
+
+@pytest.mark.slow
+def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    for name, value in ENV.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(ROOT / "examples/fine_tune.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()

@@ -1,0 +1,134 @@
+"""What all our networks share: the arguments of blocks and head, their checks, and how the two are built."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from timm_gsop.checks import check_choice, check_stages
+from timm_gsop.layers import check_gsop, create_gsop
+from timm_gsop.models.global_pool import GlobalPoolMixin
+
+__all__ = ["GsopMixin", "reset_parameters"]
+
+
+class GsopMixin(GlobalPoolMixin):
+    """Adds GSoP blocks and global second-order pooling to a network of timm, its next base class.
+
+    A subclass says in :meth:`add_blocks` where the blocks of a stage go. The weights of the base network keep their
+    names.
+
+    Args:
+        num_classes: Number of classes; 0 for no classifier.
+        global_pool: One of timm's pools, ``"isqrt"`` (iSQRT-COV), ``"mpn"`` (MPN-COV), ``"bilinear"``,
+            ``"compact_bilinear"``, or ``""`` for none.
+        gsop_type: Kind of the blocks, one of ``GSOP_TYPES``.
+        gsop_layers: Stages that have blocks, counted from 1; ``()`` for none, None for all.
+        cov_dim: Channels after reduction in a block, the size of its channel covariance.
+        spatial_size: In blocks by position: side of the square that the map is pooled to.
+        isqrt_dim: Channels after reduction in covariance pooling and in ``"bilinear"``, whose features are its square.
+        isqrt_iters: Newton–Schulz iterations in ``"isqrt"`` pooling; None for the flavor's own, 5 in the paper, 3 in
+            the released code.
+        compact_bilinear_dim: Features of ``"compact_bilinear"``, which does not reduce the channels.
+        isqrt_drop: Dropout after covariance pooling; other pools ignore it.
+        drop_rate: Dropout after any pooling. There is one dropout: with covariance pooling, the larger of the two
+            rates applies.
+        flavor: ``"paper"``, or, for ResNets, ``"official"`` for what the paper's authors released
+            (``timm_gsop.layers.official``).
+        device: Device of the weights.
+        dtype: Precision of the weights.
+        **kwargs: For the base network.
+
+    Raises:
+        ValueError: If an argument is not among the accepted ones.
+        TypeError: If the base network does not know an argument.
+    """
+
+    num_stages = 4
+    flavors: tuple[str, ...] = ("paper",)  # the released code has only ResNets
+    _built = False
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        gsop_type: str = "channel",
+        gsop_layers: Sequence[int] | None = None,
+        cov_dim: int = 128,
+        spatial_size: int = 8,
+        isqrt_dim: int = 256,
+        isqrt_iters: int | None = None,
+        compact_bilinear_dim: int = 8192,
+        isqrt_drop: float = 0.0,
+        drop_rate: float = 0.0,
+        flavor: str = "paper",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        gsop_layers = range(1, self.num_stages + 1) if gsop_layers is None else gsop_layers
+        check_choice("flavor", flavor, self.flavors)
+        check_stages("gsop_layers", gsop_layers, self.num_stages)
+        check_gsop(gsop_type, cov_dim, spatial_size, flavor)
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        super().__init__(num_classes=0, global_pool="", drop_rate=drop_rate, **dd, **kwargs)  # type: ignore[call-arg]
+        self.flavor = flavor
+        create = partial(create_gsop, gsop_type, cov_dim=cov_dim, spatial_size=spatial_size, flavor=flavor, **dd)
+        for stage in sorted(gsop_layers):
+            self.add_blocks(stage, create)
+        self.init_global_pool(
+            num_classes,
+            global_pool,
+            isqrt_dim,
+            isqrt_iters,
+            flavor,
+            compact_bilinear_dim=compact_bilinear_dim,
+            isqrt_drop=isqrt_drop,
+            drop_rate=drop_rate,
+            **dd,
+        )
+        self._built = True
+
+    def add_blocks(self, stage: int, create: Callable[..., nn.Module]) -> None:
+        """Put the GSoP blocks of a stage where they belong.
+
+        Args:
+            stage: The stage, counted from 1.
+            create: Makes a GSoP layer for so many channels, its first argument.
+        """
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Initialize all weights and statistics again, as construction does.
+
+        Args:
+            *args: For :meth:`init_base`.
+            **kwargs: For :meth:`init_base`.
+        """
+        if self._built:  # else timm's constructor calls it, before there are blocks and a head
+            reset_parameters(self)
+        self.init_base(*args, **kwargs)
+        if self._built:
+            reset_parameters(self.get_classifier())
+        reset_parameters(self, package="timm_gsop.layers.")
+
+    def init_base(self) -> None:
+        """Initialize what the base network has, as its constructor does."""
+        raise NotImplementedError
+
+
+def reset_parameters(module: Any, package: str = "") -> None:
+    """Give layers the weights and statistics that their own constructors give.
+
+    Args:
+        module: The network or layer that holds them.
+        package: Where the classes of the layers come from; others are left as they are.
+    """
+    for layer in reversed(list(module.modules())):  # children first: a layer has the last word about its parts
+        reset: Any = getattr(layer, "reset_parameters", None)
+        if reset is not None and type(layer).__module__.startswith(package):
+            reset()
