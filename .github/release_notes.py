@@ -19,16 +19,21 @@ def release_notes(tag: str, changelog: str, version: str) -> str:
         version: The package's.
 
     Raises:
-        ValueError: If the tag is another one, or there is no such section, or it is empty.
+        ValueError: If the tag is another one, or there is no such section, or it is empty or called unreleased.
     """
     if tag != f"v{version}":
         raise ValueError(
             f"tag={tag!r} is not accepted; the package's version is {version}, so it must be 'v{version}'."
         )
-    section = re.search(rf"^## \[?{re.escape(version)}\]?[^\n]*\n(.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL)
-    if not section or not section[1].strip():
+    heading = rf"^## \[?{re.escape(version)}\]?([^\n]*)\n"
+    section = re.search(rf"{heading}(.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL)
+        rf"^## \[?{re.escape(version)}\]?([^\n]*)\n(.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL
+    )
+    if not section or not section[2].strip():
         raise ValueError(f"CHANGELOG.md has no section '## {version}' with something in it.")
-    return section[1].strip() + "\n"
+    if "unreleased" in section[1].lower():
+        raise ValueError(f"CHANGELOG.md calls {version} unreleased; put the date there.")
+    return section[2].strip() + "\n"
 
 
 def main() -> None:

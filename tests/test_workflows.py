@@ -7,10 +7,31 @@ from pathlib import Path
 import pytest
 import yaml
 
+import timm_gsop
+
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-CHANGELOG = "# Changelog\n\n## Unreleased\n\n- c\n\n## 0.2.0 (2026-11-24)\n\n### Added\n\n- b\n\n## 0.1.0\n\n- a\n"
+CHANGELOG = """# Changelog
+
+## Unreleased
+
+- d
+
+## 0.4.0 - unreleased
+
+- c
+
+## 0.2.0 - 2026-11-24
+
+### Added
+
+- b
+
+## 0.1.0
+
+- a
+"""
 
 
 def load_release_notes():
@@ -47,6 +68,10 @@ def test_rights_are_the_least():
     assert publish["environment"]["name"] == "pypi"
 
 
+def test_the_citation_has_the_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == timm_gsop.__version__
+
+
 def test_release_notes_are_the_section_of_the_version():
     release_notes = load_release_notes()
     assert release_notes("v0.2.0", CHANGELOG, "0.2.0") == "### Added\n\n- b\n"
@@ -59,6 +84,7 @@ def test_release_notes_are_the_section_of_the_version():
         ("v0.2.1", "0.2.0", "must be 'v0.2.0'"),
         ("0.2.0", "0.2.0", "must be 'v0.2.0'"),
         ("v0.3.0", "0.3.0", "no section '## 0.3.0'"),
+        ("v0.4.0", "0.4.0", "calls 0.4.0 unreleased"),
     ],
 )
 def test_no_release_without_its_notes(tag, version, message):
