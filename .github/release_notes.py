@@ -27,8 +27,6 @@ def release_notes(tag: str, changelog: str, version: str) -> str:
         )
     heading = rf"^## \[?{re.escape(version)}\]?([^\n]*)\n"
     section = re.search(rf"{heading}(.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL)
-        rf"^## \[?{re.escape(version)}\]?([^\n]*)\n(.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL
-    )
     if not section or not section[2].strip():
         raise ValueError(f"CHANGELOG.md has no section '## {version}' with something in it.")
     if "unreleased" in section[1].lower():
