@@ -510,7 +510,7 @@ def test_train_and_validate(digits, tmp_path):
     rows = train(digits, tmp_path, "--epochs", "2")
     assert float(rows[1]["eval_top1"]) > 70  # ten classes
     given = ["--data-dir", str(digits), "--split", "val", "--checkpoint", str(tmp_path / "run/last.pth.tar")]
-    done = run_script("validate.py", *given, "--crop-pct", "0.875")
+    done = run_script("validate.py", *given, "--use-train-size")
     found = json.loads(done.stdout.rpartition("--result")[2])
     assert found["top1"] == pytest.approx(float(rows[1]["eval_top1"]), abs=0.3)
 
