@@ -2,6 +2,7 @@
 # make test         lint, types and the tests; make test-full adds the slow ones: every model through timm's suite
 # make test-lowest, test-latest   the same on the lowest versions that we support, and on the newest that there are
 # make dist         wheel and source archive in dist/, twice to see that they are the same, and the wheel tried alone
+# make demo         the demo page of hub/space on this machine alone; make test-browser tries it in Chromium
 # make fix          let ruff format and mend what it can
 # make docs         the documentation site in build/docs, warnings are errors; make docs-serve shows it on 127.0.0.1:8000
 # make figures      draw the figures of README and docs again, and their tables of what was measured
@@ -17,9 +18,16 @@ test: $(VENV)/test.done lint
 	$(RUN) -m tests.timm_source
 	$(RUN) -m pytest -n auto --dist loadgroup -m "not slow"
 
-test-full: $(VENV)/test.done lint
+test-full: $(VENV)/browser.done lint
 	$(RUN) -m tests.timm_source
 	$(RUN) -m pytest -n auto --dist loadgroup
+
+# The tests look for chromium or google-chrome, or take $$CHROMIUM.
+test-browser: $(VENV)/browser.done
+	$(RUN) -m pytest tests/test_space.py tests/test_space_browser.py
+
+demo: $(VENV)/space.done
+	$(RUN) hub/space/app.py
 
 test-lowest: $(VENV)-lowest/test.done
 	$(VENV)-lowest/bin/python -m tests.timm_source
@@ -52,6 +60,8 @@ lint: $(VENV)/test.done
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
+	$(RUN) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(RUN) .github/actionlint.py
 
 fix: $(VENV)/test.done
 	$(RUN) -m ruff check --fix
@@ -69,6 +79,12 @@ figures: $(VENV)/demo.done
 	$(RUN) docs/figures/ankle_boot.py
 	$(RUN) docs/measured.py
 
+release-notes: $(VENV)/test.done
+	$(RUN) .github/release_notes.py $(TAG)
+
+github-release: release-notes
+	gh release create $(TAG) --verify-tag --title $(TAG) --notes-file .cache/release_notes.md dist/*
+
 # One environment, with as many extras as were asked for; made anew when the requirements change.
 $(VENV)/%.done: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit('timm-gsop needs Python 3.10 or newer' if sys.version_info < (3, 10) else 0)"
@@ -79,4 +95,5 @@ $(VENV)/%.done: pyproject.toml
 clean:
 	rm -rf $(VENV) $(VENV)-lowest $(VENV)-latest .cache build dist output
 
-.PHONY: quickstart test test-full test-lowest test-latest dist lint fix docs docs-serve figures clean
+.PHONY: quickstart test test-full test-browser test-lowest test-latest dist demo lint fix docs docs-serve figures clean \
+	release-notes github-release

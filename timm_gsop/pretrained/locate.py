@@ -19,7 +19,7 @@ from torch.hub import download_url_to_file
 
 from timm_gsop.pretrained.digests import SHIPPED, known_digest, sha256_of
 
-__all__ = ["is_origin", "locate_weights", "shipped"]
+__all__ = ["is_origin", "locate_weights", "shipped", "weights_state"]
 
 _logger = logging.getLogger(__name__)
 
@@ -62,6 +62,41 @@ def locate_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> P
         except Exception as error:  # of HTTP libraries, too, which differ with the client's version
             return _without_the_hub(cfg, cache_dir, error)
     return _from_origin(cfg, cache_dir) if _digest_in(cfg.url) else None
+
+
+def weights_state(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> tuple[str, str]:
+    """Say where the weights of a pretrained configuration are now, without a connection and without reading them.
+
+    Args:
+        cfg: The configuration.
+        cache_dir: Where downloads are kept, in place of the Hub's and PyTorch's own folders.
+
+    Returns:
+        The state, and the file, repository or address it is about. The state is ``"ships"`` (a file of this package),
+        ``"cached"``, ``"on the Hub"`` or ``"at its origin"`` (to be downloaded), or ``"none"``.
+
+    Example:
+        >>> from timm.models import get_pretrained_cfg
+        >>> from timm_gsop.pretrained.locate import weights_state
+        >>> state, file = weights_state(get_pretrained_cfg("gsop_preresnet20_net1.fashion_mnist"))
+        >>> state, file.rpartition("/")[2]
+        ('ships', 'gsop_preresnet20_net1.fashion_mnist.safetensors')
+    """
+    if cfg.file:
+        return ("ships" if Path(cfg.file).is_file() else "none"), str(cfg.file)
+    url = cfg.url if isinstance(cfg.url, str) else ""
+    origin = _origin_file(url, cache_dir) if url else None
+    if cfg.hf_hub_id:
+        repo_id, _, revision = cfg.hf_hub_id.partition("@")
+        filename = cfg.hf_hub_filename or "model.safetensors"
+        cached = try_to_load_from_cache(repo_id, filename, revision=revision or None, cache_dir=cache_dir)
+        if isinstance(cached, str):
+            return "cached", cfg.hf_hub_id
+    if origin is not None and origin.is_file():
+        return "cached", url
+    if cfg.hf_hub_id:
+        return "on the Hub", cfg.hf_hub_id
+    return ("at its origin", url) if url else ("none", "")
 
 
 class _DamagedError(RuntimeError):

@@ -22,7 +22,7 @@ from timm_gsop.viz.figure import new_figure, save_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Record", "draw", "record"]
+__all__ = ["Record", "draw", "preprocess", "record"]
 
 MAX_ROWS = 9  # of more blocks, that many are drawn: evenly spaced ones, the last among them
 
@@ -97,6 +97,47 @@ def _look_into(name: str, layer: Any, x: torch.Tensor) -> Record:
     if isinstance(layer, ChannelGsop):
         return Record(name, covariance[0], normalized, channel_weights=layer.weights(x).flatten())
     return Record(name, covariance[0], normalized, position_weights=layer.weights(x)[0, 0])
+
+
+def preprocess(image: Image.Image, model: nn.Module, size: int | None = None) -> tuple[Image.Image, torch.Tensor]:
+    """Prepare an image for a model, as timm does for evaluation.
+
+    Args:
+        image: The image, of any size and mode.
+        model: A timm model of images with 1 or 3 channels.
+        size: Side of the square that the model sees; its own by default.
+
+    Returns:
+        The image, cropped as the model sees it, and its input, (1, C, H, W).
+
+    Raises:
+        ValueError: If the model takes another number of channels.
+
+    Example:
+        >>> import timm
+        >>> from timm_gsop.viz import preprocess, record
+        >>> model = timm.create_model("gsop_preresnet20_net1", pretrained=True)
+        >>> crop, x = preprocess(Image.new("RGB", (40, 30)), model)
+        >>> crop.size, tuple(x.shape), record(model, x)[0].name
+        ((28, 28), (1, 3, 28, 28), 'stages.0.blocks.gsop1.gsop')
+    """
+    config = resolve_data_config(get_model_input_config(model), model=model)
+    if size is not None:
+        config["input_size"] = (config["input_size"][0], size, size)
+    channels = config["input_size"][0]
+    if channels not in (1, 3):
+        raise ValueError(f"model takes images of {channels} channels; accepted: 1 or 3.")
+    if channels == 1:
+        config.update({key: (sum(config[key]) / len(config[key]),) for key in ("mean", "std")})
+    image = image.convert("L" if channels == 1 else "RGB")
+    transform = create_transform(**config)
+    crop, normalize = transform.transforms[:-2], transform.transforms[-2:]
+    for step in crop:
+        image = step(image)
+    x: Any = image
+    for step in normalize:
+        x = step(x)
+    return image, x.unsqueeze(0)
 
 
 def draw(records: Sequence[Record], image: Image.Image, title: str = "") -> "Figure":
@@ -198,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         parser.error(f"model={args.model!r} cannot be created: {reason}")
     try:
-        image, x = _load(args.image, model, args.img_size)
+        image, x = preprocess(_open(args.image), model, args.img_size)
         trained = args.pretrained or args.checkpoint
         figure = draw(record(model, x), image, title=args.model if trained else f"{args.model}, untrained")
     except (ModuleNotFoundError, OSError, RuntimeError, ValueError) as error:
@@ -220,25 +261,8 @@ class _KeyValues(ParseKwargs):
         super().__call__(parser, namespace, values, option)
 
 
-def _load(path: Path, model: nn.Module, size: int | None = None) -> tuple[Image.Image, torch.Tensor]:
-    """The image, cropped as the model sees it, and as its input."""
-    config = resolve_data_config(get_model_input_config(model), model=model)
-    if size is not None:
-        config["input_size"] = (config["input_size"][0], size, size)
-    channels = config["input_size"][0]
-    if channels not in (1, 3):
-        raise ValueError(f"model takes images of {channels} channels; accepted: 1 or 3.")
-    if channels == 1:
-        config.update({key: (sum(config[key]) / len(config[key]),) for key in ("mean", "std")})
+def _open(path: Path) -> Image.Image:
     try:
-        image = Image.open(path).convert("L" if channels == 1 else "RGB")
+        return Image.open(path)
     except UnidentifiedImageError as error:
         raise ValueError(f"image={str(path)!r} is not an image that Pillow can read.") from error
-    transform = create_transform(**config)
-    crop, normalize = transform.transforms[:-2], transform.transforms[-2:]
-    for step in crop:
-        image = step(image)
-    x: Any = image
-    for step in normalize:
-        x = step(x)
-    return image, x.unsqueeze(0)
