@@ -2,10 +2,11 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import update
 from benchmarks.cost import Check, Table, create, main, measure, problems, tables, terms
-from timm_gsop.hub.operations import model_macs
+from timm_gsop.hub.operations import count_macs, model_macs
 from timm_gsop.layers import ChannelGsop
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,11 @@ def test_a_wrong_figure_is_refused(measured, note, tolerance, problem):
 
 def test_resnet50_as_everybody_counts_it():
     assert measure("resnet50") == (25_557_032, 4_089_184_256)
+
+
+def test_a_call_of_several_modules_counts_them_all():
+    first, second, x = torch.nn.Linear(2, 3), torch.nn.Linear(3, 5), torch.ones(1, 2)
+    assert count_macs(lambda: second(first(x)))[""] == 2 * 3 + 3 * 5
 
 
 @pytest.mark.parametrize("name", ["gsop_resnet26_net2", "gsop_preresnet20_net1", "isqrt_preresnet164"])

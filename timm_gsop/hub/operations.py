@@ -32,8 +32,9 @@ def count_macs(work: Callable[[], Any]) -> Counter[str]:
     with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(NORMS, _nothing)) as counter:
         work()
     # It counts two operations for a multiply-accumulate, and its names begin with the class of the module called.
-    counts = counter.get_flop_counts()
-    return Counter({name.partition(".")[2]: sum(ops.values()) // 2 for name, ops in counts.items()})
+    counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    of_modules = {name.partition(".")[2]: macs for name, macs in counts.items() if "." in name}
+    return Counter({"": counts["Global"], **of_modules})
 
 
 def _nothing(*args: Any, **kwargs: Any) -> int:
