@@ -20,7 +20,7 @@ from timm_gsop.layers import (
     triu_vectorize,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BilinearPool2d",
