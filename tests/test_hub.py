@@ -220,7 +220,7 @@ def test_a_damaged_download_is_refused_and_a_cut_one_goes_on(hub, env, tmp_path)
     assert_logits(create(env, "gsop_resnet50_net2", **BARE), logits_of(model))
 
 
-@pytest.mark.parametrize("place", ["hub", "origin"])
+@pytest.mark.parametrize("place", ["hub", pytest.param("origin", marks=pytest.mark.slow)])
 def test_processes_that_download_or_find_a_damaged_file_together(place, hub, env, tmp_path):
     """As torchrun's: each of them ends well."""
     model, _, given = origin_of(hub, tmp_path)
@@ -265,7 +265,9 @@ TIMMS = {
 }
 
 
-@pytest.mark.parametrize("name", TIMMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "gsop_resnet50_net1" else pytest.mark.slow) for name in TIMMS]
+)
 def test_timms_own_weights(name, hub, env, tmp_path):
     """From its repository, with what timm's weights of Inception-v3 have besides; a new head is said."""
     origin, make, small = TIMMS[name]

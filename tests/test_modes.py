@@ -154,15 +154,19 @@ def test_functions(backend, autocast):
     assert_one_answer(Functions(), xs, backend, autocast, (FLOAT32_BOUND, FLOAT32_BOUND))
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize(
-    ("backend", "autocast"),
-    [
-        pytest.param(b, a, marks=[pytest.mark.slow] if b == "inductor" or (b, a) == ("aot_eager", "float16") else [])
-        for b in BACKENDS
-        for a in AUTOCAST
-    ],
-)
+def layer_cases() -> list:
+    cases = []
+    for backend in BACKENDS:
+        for autocast in AUTOCAST:
+            for training in (True, False):
+                quick = backend == "eager" or (backend == "aot_eager" and autocast != "float16" and training)
+                marks = [] if quick else [pytest.mark.slow]
+                mode = "training" if training else "evaluation"
+                cases.append(pytest.param(backend, autocast, training, marks=marks, id=f"{backend}-{autocast}-{mode}"))
+    return cases
+
+
+@pytest.mark.parametrize(("backend", "autocast", "training"), layer_cases())
 def test_layers(backend, autocast, training):
     layers = smooth(Layers()).train(training)
     assert_one_answer(layers, torch.randn(len(LAYERS), 6, CHANNELS, 7, 9), backend, autocast, bounds_of(autocast))
