@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from timm_gsop.layers import (
@@ -39,3 +40,12 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "compact bilinear": lambda **dd: CompactBilinearPool2d(CHANNELS, 64, **dd),
 }
 LAYERS = {**SCALING_LAYERS, **BLOCKS, **HEADS}
+
+
+def randomize(module: nn.Module) -> nn.Module:
+    """Give every parameter and statistic a random value, so that none hides behind a zero or a one."""
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5) if "var" in name else tensor.normal_(std=0.5)
+    return module

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.layers import randomize
 from tests.oracles import channel_gsop, position_gsop, resize_bilinear
 from timm_gsop import ChannelGsop, FusedGsop, GsopBlock, PositionGsop
 from timm_gsop.layers import FLAVORS, GSOP_TYPES, create_gsop
@@ -12,15 +13,6 @@ from timm_gsop.layers.row_conv import RowConv2d
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 6))
 every_kind = pytest.mark.parametrize(("gsop_type", "flavor"), [(t, f) for t in GSOP_TYPES for f in FLAVORS])
-
-
-def randomize(module: nn.Module) -> nn.Module:
-    """Give every parameter and statistic a random value, so that none hides behind a zero or a one."""
-    with torch.no_grad():
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if tensor.is_floating_point():
-                tensor.uniform_(0.5, 1.5) if "var" in name else tensor.normal_(std=0.5)
-    return module
 
 
 def create(gsop_type: str, flavor: str = "paper", **kwargs) -> nn.Module:

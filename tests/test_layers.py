@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import timm_gsop.layers
-from tests.layers import CHANNELS, HEADS, LAYERS
+from tests.layers import CHANNELS, HEADS, LAYERS, randomize
 from tests.tolerances import TOLERANCES, gradient_error, output_error
 from timm_gsop.layers import Gsop, GsopBlock
 
@@ -17,15 +17,6 @@ every_layer = pytest.mark.parametrize("name", LAYERS)
 
 def features(*size: int, batch: int = 6, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(batch, CHANNELS, *(size or (7, 9)), dtype=dtype)
-
-
-def randomize(module: nn.Module) -> nn.Module:
-    """Give every parameter and statistic a random value, so that none hides behind a zero or a one."""
-    with torch.no_grad():
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if tensor.is_floating_point():
-                tensor.uniform_(0.5, 1.5) if "var" in name else tensor.normal_(std=0.5)
-    return module
 
 
 def shape_of_output(name: str, layer: nn.Module, x: torch.Tensor) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.test_gsop import randomize
+from tests.layers import randomize
 from timm_gsop.layers import (
     GSOP_TYPES,
     GsopBlock,

@@ -13,7 +13,7 @@ from torch import nn
 
 from timm_gsop.checks import check_ndim, check_positive_int
 from timm_gsop.layers.channel_reduction import ChannelReduction
-from timm_gsop.layers.gradients import evaluate, without_autocast
+from timm_gsop.layers.gradients import evaluate, function_of_input
 from timm_gsop.layers.precision import at_least_float32, autocast_disabled
 
 __all__ = [
@@ -62,24 +62,11 @@ def _gram(x: torch.Tensor) -> torch.Tensor:
     return torch.bmm(wide, wide.transpose(1, 2)) / x.shape[2]
 
 
-class _Gram(torch.autograd.Function):
-    """Keeps its input, in the precision that it has, and guards the product of its gradient against autocast."""
+def _gram_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    return torch.bmm((grad + grad.transpose(1, 2)) / x.shape[2], at_least_float32(x)).to(x.dtype)
 
-    generate_vmap_rule = True  # for torch.func
 
-    @staticmethod
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return _gram(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.bmm((grad + grad.transpose(1, 2)) / x.shape[2], at_least_float32(x)).to(x.dtype)
+_Gram = function_of_input(_gram, _gram_gradient)
 
 
 def compact_bilinear_pool(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from timm_gsop.checks import check_ndim, check_square
-from timm_gsop.layers.gradients import evaluate, without_autocast
+from timm_gsop.layers.gradients import evaluate, function_of_input
 
 __all__ = ["covariance_pool", "position_covariance", "tril_vectorize", "triu_vectorize"]
 
@@ -52,29 +52,17 @@ def _centre(x: torch.Tensor) -> torch.Tensor:
     return x - x.mean(dim=2, keepdim=True, dtype=dtype)  # a half-precision x becomes float32 on the way, uncopied
 
 
-class _Covariance(torch.autograd.Function):
-    """Keeps its input for the gradient and nothing else: autograd would keep the centred features too."""
+def _covariance_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    grad = (grad + grad.transpose(1, 2)) / x.shape[2]
+    centred = _centre(x)
+    # Channels last: so is the gradient then. The compiler decides about layouts itself.
+    if not torch.compiler.is_compiling() and x.stride(1) == 1:
+        return torch.bmm(centred.transpose(1, 2), grad).transpose(1, 2).to(x.dtype)
+    return torch.bmm(grad, centred).to(x.dtype)
 
-    generate_vmap_rule = True  # for torch.func
 
-    @staticmethod
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return _covariance(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        (x,) = ctx.saved_tensors
-        grad = (grad + grad.transpose(1, 2)) / x.shape[2]
-        centred = _centre(x)
-        # Channels last: so is the gradient then. The compiler decides about layouts itself.
-        if not torch.compiler.is_compiling() and x.stride(1) == 1:
-            return torch.bmm(centred.transpose(1, 2), grad).transpose(1, 2).to(x.dtype)
-        return torch.bmm(grad, centred).to(x.dtype)
+# Autograd would keep the centred features too.
+_Covariance = function_of_input(_covariance, _covariance_gradient)
 
 
 def position_covariance(x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from timm_gsop.layers.precision import autocast_disabled
 
-__all__ = ["evaluate", "without_autocast"]
+__all__ = ["evaluate", "function_of_input", "without_autocast"]
 
 Backward = Callable[..., Any]
 
@@ -38,6 +38,39 @@ def evaluate(function: type[Function], plain: Callable[..., torch.Tensor], x: to
             return plain(x, *args)
         output = function.apply(x, *args)
         return output[0] if isinstance(output, tuple) else output
+
+
+def function_of_input(
+    plain: Callable[[torch.Tensor], torch.Tensor], gradient: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> type[Function]:
+    """Make a differentiable function that keeps its input for the gradient and nothing else.
+
+    Args:
+        plain: The function of one tensor, in plain operations.
+        gradient: Maps the input, and the gradient with respect to the output, to that with respect to the input.
+
+    Returns:
+        The function, for :func:`evaluate`.
+    """
+
+    class FunctionOfInput(Function):
+        generate_vmap_rule = True  # for torch.func
+
+        @staticmethod
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return plain(x)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        @without_autocast
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            (x,) = ctx.saved_tensors
+            return gradient(x, grad)
+
+    return FunctionOfInput
 
 
 def without_autocast(backward: Backward) -> Backward:

@@ -16,7 +16,7 @@ from timm_gsop.checks import check_choice, check_positive_int
 from timm_gsop.layers.adaptive_pool import adaptive_avg_pool2d
 from timm_gsop.layers.cov_pool import IsqrtCovPool2d
 from timm_gsop.layers.covariance import tril_vectorize
-from timm_gsop.layers.gradients import evaluate, without_autocast
+from timm_gsop.layers.gradients import evaluate, function_of_input
 from timm_gsop.layers.gsop import (
     FUSIONS,
     ChannelGsop,
@@ -137,24 +137,13 @@ def _position_covariance(x: torch.Tensor) -> torch.Tensor:
     return torch.bmm(x.transpose(1, 2), x) / positions - mean * mean.transpose(1, 2)
 
 
-class _PositionCovariance(torch.autograd.Function):
-    generate_vmap_rule = True  # for torch.func
+def _position_covariance_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    positions, full = x.shape[2], at_least_float32(x)
+    grad = (grad + grad.transpose(1, 2)) / positions
+    return torch.bmm(full - full.sum(dim=1, keepdim=True) / positions, grad).to(x.dtype)
 
-    @staticmethod
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return _position_covariance(x)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        (x,) = ctx.saved_tensors
-        positions, full = x.shape[2], at_least_float32(x)
-        grad = (grad + grad.transpose(1, 2)) / positions
-        return torch.bmm(full - full.sum(dim=1, keepdim=True) / positions, grad).to(x.dtype)
+_PositionCovariance = function_of_input(_position_covariance, _position_covariance_gradient)
 
 
 class OfficialPositionGsop(PositionGsop):
