@@ -220,7 +220,8 @@ def test_a_damaged_download_is_refused_and_a_cut_one_goes_on(hub, env, tmp_path)
     assert_logits(create(env, "gsop_resnet50_net2", **BARE), logits_of(model))
 
 
-@pytest.mark.parametrize("place", ["hub", pytest.param("origin", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["hub", "origin"])
 def test_processes_that_download_or_find_a_damaged_file_together(place, hub, env, tmp_path):
     """As torchrun's: each of them ends well."""
     model, _, given = origin_of(hub, tmp_path)
@@ -248,6 +249,7 @@ def test_processes_that_download_or_find_a_damaged_file_together(place, hub, env
         cached[0].write_bytes(b"damaged")
 
 
+@pytest.mark.slow
 def test_a_gated_repository_says_so(hub, env, tmp_path):
     save_hub_folder(model_of(), tmp_path / "folder")
     done = publish(tmp_path / "folder", env)
@@ -299,7 +301,7 @@ def test_timms_own_weights(name, hub, env, tmp_path):
     assert f"are not cached and cannot be had from the Hub as timm/{origin}" in done.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("fault", [500, "cut"])
+@pytest.mark.parametrize("fault", [pytest.param(500, marks=pytest.mark.slow), "cut"])
 def test_a_hub_that_does_not_answer(hub, env, tmp_path, fault):
     hub.faults = [("HEAD /timm-gsop/", fault, 99)]
     env = release(env, f"{'0' * 64}  {REPO}/model.safetensors", tmp_path)
@@ -331,9 +333,9 @@ def test_an_interrupted_upload_is_run_again(hub, env, tmp_path):
         ([], "", "There is no token for the Hub: run `hf auth login`."),
         ([], "hf_wrong", "401"),
         ([("POST /api/repos/create", 403, 9)], TOKEN, "403"),
-        ([("POST .*/preupload/", 404, 9)], TOKEN, "404"),
-        ([("POST .*/commit/", 409, 9)], TOKEN, "409"),
-        ([("POST .*/commit/", 507, 9)], TOKEN, "507"),
+        pytest.param([("POST .*/preupload/", 404, 9)], TOKEN, "404", marks=pytest.mark.slow),
+        pytest.param([("POST .*/commit/", 409, 9)], TOKEN, "409", marks=pytest.mark.slow),
+        pytest.param([("POST .*/commit/", 507, 9)], TOKEN, "507", marks=pytest.mark.slow),
     ],
 )
 def test_every_refusal_is_one_line(hub, env, tmp_path, faults, token, message):
@@ -363,6 +365,7 @@ def test_pull_request_branch_and_privacy(hub, env, tmp_path):
     assert_logits(create(env, f"hf-hub:{REPO}@v2"), logits_of(model_of()))
 
 
+@pytest.mark.slow
 def test_what_the_hubs_client_downloaded_is_published_again(hub, env, tmp_path):
     """With ``.gitattributes`` and the client's ``.cache``, which stay where they are."""
     model = model_of()
