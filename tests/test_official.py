@@ -1,4 +1,7 @@
-"""The flavor "official": each way in which the released code differs from the paper (PAPER_FACTS section 7)."""
+"""The flavor "official": each way in which the released code differs from the paper.
+
+The code: https://github.com/ZilinGao/Global-Second-order-Pooling-Convolutional-Networks
+"""
 
 import pytest
 import timm

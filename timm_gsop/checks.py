@@ -1,4 +1,4 @@
-"""Checks of arguments and inputs: a bad one gets a ``ValueError`` that names it, its value and what is accepted."""
+"""Checks of arguments and inputs: a bad one raises a ``ValueError`` that names it, its value and what is accepted."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

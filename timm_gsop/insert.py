@@ -14,7 +14,7 @@ from timm_gsop.layers import NEUTRAL_SCALE, GsopBlock, check_gsop, create_gsop, 
 
 __all__ = ["attach_gsop", "evaluation_mode", "insert_gsop"]
 
-CHILD = "gsop"  # the name that a block has in the module after which, or before which, it stands
+CHILD = "gsop"  # the name that a block has in the module that it follows or precedes
 
 
 def insert_gsop(
@@ -29,9 +29,9 @@ def insert_gsop(
 
     A block becomes the child ``gsop`` of the module whose output it takes, so that the model's own weights keep their
     names, and its pretrained weights still load. Places are found, and checked, by running the model once or a few
-    times on a blank image. A model that timm creates anew, or loads by ``local-dir:`` or ``hf-hub:``, does not know of
-    them: insert with the same arguments, then load the weights. The registered network ``second_order`` records all of
-    this in its configuration.
+    times on a blank image. timm does not record the blocks when it saves the model. To load one, create it, insert with
+    the same arguments, then load the weights. The registered network ``second_order`` records all of this in its
+    configuration.
 
     Args:
         model: A timm model with ``feature_info``; also one created with ``features_only=True``.
@@ -42,7 +42,7 @@ def insert_gsop(
         spatial_size: In blocks by position: side of the square that the map is pooled to.
         neutral: Whether the blocks start as the identity, in training as well as in evaluation, so that pretrained
             weights keep their function: the weights of a block start at one half, and its output is multiplied by 2/3.
-            Blocks without this factor multiply what they get by about 1.5.
+            Blocks without this factor multiply their input by about 1.5.
 
     Returns:
         ``model``.
@@ -142,7 +142,7 @@ def _run(model: Any) -> list[torch.Tensor]:
 
 
 def _possible_sites(model: nn.Module, calls: _Calls, level: int) -> list[tuple[nn.Module, bool]]:
-    """Modules to attach a block to, best first, and whether it is to stand in front of the module."""
+    """Modules to attach a block to, best first, and whether the block goes in front of the module."""
     info, feature = _feature_infos(model)[level], calls.features[level]
     shape = tuple(feature.shape)
     if len(shape) != 4 or shape[1] != info["num_chs"]:
@@ -168,7 +168,7 @@ def _is_plain_sequential(module: nn.Module) -> bool:
 
 
 def _takes_children(module: nn.Module) -> bool:
-    """Whether a child more is harmless: not in containers of which the forward pass calls every item its own way."""
+    """Whether an extra child is safe: not in containers whose items the forward pass calls in its own way."""
     return _is_plain_sequential(module) or not isinstance(module, nn.Sequential | nn.ModuleDict | nn.ModuleList)
 
 
@@ -228,10 +228,10 @@ def attach_gsop(block: nn.Module, module: nn.Module, in_front: bool = False) -> 
         A function that undoes it.
 
     Raises:
-        ValueError: If the module has something of that name already, a block for one.
+        ValueError: If the module already has a child of that name, such as a block.
     """
     if hasattr(module, CHILD):
-        raise ValueError(f"module={type(module).__name__} has a {CHILD!r} already; accepted: a module without.")
+        raise ValueError(f"module={type(module).__name__} has a {CHILD!r} already; accepted: a module without one.")
     if in_front:
         children = dict(module._modules)
         module._modules.clear()

@@ -102,7 +102,7 @@ class Base(NamedTuple):
         return _of_config(config)
 
     def provenance_in(self, model_name: str) -> PretrainedCfg | None:
-        """What is said of a network that starts from these weights; nothing of one that the user trained himself."""
+        """What is said of a network that starts from these weights; nothing of one that the user trained."""
         if self.provenance is not None or (self.architecture == model_name and self.origin_url is None):
             return self.provenance
         blocks = "" if self.architecture == model_name else ", with GSoP blocks that are untrained"
@@ -138,7 +138,7 @@ def _from_name(name: str) -> Base:
     model = timm.create_model(name, pretrained=True)
     if not isinstance(model, ResNet | DenseNet | InceptionV3):
         raise ValueError(
-            f"checkpoint={name!r} is no ResNet, DenseNet or Inception-v3; accepted: those of timm, and our networks."
+            f"checkpoint={name!r} is no ResNet, DenseNet or Inception-v3; accepted: those of timm and timm-gsop."
         )
     whole_name = f"{cfg.architecture}.{cfg.tag}"
     return Base(

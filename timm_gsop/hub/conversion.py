@@ -96,7 +96,9 @@ def _name_for(base: Base, checkpoint: str, model_name: str | None) -> str:
     if name is None:
         raise ValueError(_NO_NAME.format(checkpoint=checkpoint))
     if not is_ours(name):
-        raise ValueError(f"model_name={name!r} is none of timm-gsop's; accepted: those, gsop_resnet50_net1 for one.")
+        raise ValueError(
+            f"model_name={name!r} is none of timm-gsop's; accepted: its networks, such as gsop_resnet50_net1."
+        )
     return name
 
 

@@ -73,7 +73,7 @@ def save_hub_folder(
         model: A model that ``timm.create_model`` made, which records its arguments.
         folder: The folder; it must not exist, or be empty.
         data_config: Preprocessing, where it is not the model's default.
-        provenance: Where the weights come from, if it is known. It stands apart from the model's own configuration,
+        provenance: Where the weights come from, if it is known. It is kept apart from the model's own configuration,
             which timm hands on to whatever is trained later.
         labels: ``label_names`` and ``label_descriptions`` of the classes, where they are known.
 
@@ -134,7 +134,9 @@ def check_hub_folder(folder: Path) -> HubFolder:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} cannot be read: {type(error).__name__}: {error}") from error
     if not is_ours(architecture):
-        raise ValueError(f"architecture={architecture!r} in config.json is none of timm-gsop's; accepted: those.")
+        raise ValueError(
+            f"architecture={architecture!r} in config.json is none of timm-gsop's; accepted: its networks."
+        )
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except Exception as error:  # safetensors', PyTorch's, timm's: each means that the folder is no model

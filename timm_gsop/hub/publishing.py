@@ -78,7 +78,7 @@ def publish(
 ) -> Published:
     """Check a folder, write its card, and upload both in one commit.
 
-    What an interrupted upload has brought to the Hub is not uploaded again. The token is the one of ``hf auth login``
+    Files that an interrupted upload has sent are not sent again. The token is the one of ``hf auth login``
     or of the environment variable ``HF_TOKEN``.
 
     Args:

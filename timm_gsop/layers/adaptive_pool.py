@@ -9,8 +9,8 @@ __all__ = ["adaptive_avg_pool2d"]
 def adaptive_avg_pool2d(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Pool to a given size as ``torch.nn.functional.adaptive_avg_pool2d`` does, up as well as down.
 
-    Its gradient raises a ``RuntimeError`` on a GPU under ``torch.use_deterministic_algorithms(True)``: pooling is two
-    products of matrices then.
+    Its gradient raises a ``RuntimeError`` on a GPU under ``torch.use_deterministic_algorithms(True)``. There, two
+    matrix products compute the pooling.
 
     Args:
         x: Features, (B, C, H, W).

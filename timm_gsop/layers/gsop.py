@@ -43,7 +43,7 @@ for _leaf in (
 class Gsop(nn.Module):
     """What every GSoP layer is made of: reduction → covariance → excitation → rescale.
 
-    Subclasses say which covariance of the reduced features is taken, and how the weights come to the size of the input.
+    Subclasses define the covariance of the reduced features, and how the weights are resized to the input.
 
     Args:
         reduction: Maps (B, C, H, W) to (B, d, H', W').
@@ -89,7 +89,7 @@ class CovarianceExcitation(nn.Module):
     Args:
         cov_dim: Rows of the covariance matrix, n.
         out_features: Number of weights.
-        row_conv_bn: Whether batch normalization follows the row-wise convolution, which else has a bias.
+        row_conv_bn: Whether batch normalization follows the row-wise convolution, which has a bias otherwise.
         act: Activation after the row-wise convolution; None for LeakyReLU(0.1).
     """
 
@@ -335,8 +335,8 @@ class GsopBlock(nn.Module):
     """The paper's residual block: a shortcut adds the input to the scaled features (Table 2, "shortcut connections").
 
     Args:
-        gsop: The layer that scales: a :class:`ChannelGsop`, for one, or any attention layer that returns what it
-            scaled, as timm's do.
+        gsop: The layer that scales: a :class:`ChannelGsop`, or any attention layer that returns the scaled
+            features, as timm's do.
         scale: Factor on the output. With 2/3, a block whose weights are one half is the identity.
 
     Around a layer of this package that only scales, the shortcut is added to the layer's weights, in one pass

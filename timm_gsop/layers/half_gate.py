@@ -1,4 +1,4 @@
-"""Blocks whose weights start at one half, so that a trained network can be built upon."""
+"""Blocks whose weights start at one half, so that training can continue from a trained network."""
 
 import torch
 from torch import nn

@@ -171,7 +171,7 @@ def _sqrt_gradient(g: torch.Tensor, a: torch.Tensor, ys: list[torch.Tensor], zs:
     .. math:: \tfrac32 G - \mathrm{sym}(Z (U + \tfrac12 V)), \quad \tfrac32 H - \mathrm{sym}((V + \tfrac12 U) Y),
         \qquad U = Y G, \; V = H Z
 
-    where sym is the symmetric part. These are four products; the chain rule as it stands has six. Two are saved
+    where sym is the symmetric part. These are four products; the plain chain rule has six. Two are saved
     because Y and Z are symmetric and commute.
     """
     if not ys:  # a single step
@@ -221,8 +221,8 @@ def eigh_power(cov: torch.Tensor, power: float = 0.5) -> torch.Tensor:
     r"""Matrix power by eigen-decomposition (MPN-COV, ICCV 2017), :math:`U \Lambda^p U^\top`.
 
     Eigenvalues up to C · eps times the largest count as zero: they stay zero, and no gradient flows between two of
-    them. The gradient is the Daleckii–Krein formula, finite for repeated eigenvalues also, where that of
-    ``torch.linalg.eigh`` is not.
+    them. The gradient is the Daleckii–Krein formula, finite also for repeated eigenvalues, unlike that of
+    ``torch.linalg.eigh``.
 
     Args:
         cov: Symmetric positive semi-definite matrices, (B, C, C). A zero matrix gives zeros, and zero gradients.

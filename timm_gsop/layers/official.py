@@ -1,7 +1,7 @@
 """The blocks as the paper's authors released them: the flavor "official".
 
-They differ from the paper's text; a network trained with that code needs each difference. The blocks stand inside the
-last bottleneck's residual branch, before the addition, as an SE layer does, and have no shortcut of their own.
+They differ from the paper's text; a network trained with that code needs each difference. The blocks are inside the
+last bottleneck's residual branch, before the addition, where an SE layer is, and have no shortcut of their own.
 
 Source: https://github.com/ZilinGao/Global-Second-order-Pooling-Convolutional-Networks (its structure; no code of it).
 """
@@ -117,7 +117,7 @@ def official_position_covariance(x: torch.Tensor) -> torch.Tensor:
 
     .. math:: X^\top \left( \tfrac{1}{M} I - \tfrac{1}{M^2} 1 1^\top \right) X
 
-    with M, the number of positions, where a covariance over channels has their number C.
+    It divides by M, the number of positions. A covariance over channels divides by their number C.
 
     Args:
         x: Features, (B, C, H, W), M = H·W positions.

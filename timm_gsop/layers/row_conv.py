@@ -10,8 +10,8 @@ __all__ = ["RowConv2d"]
 class RowConv2d(nn.Conv2d):
     """Convolution of matrices with a group for each row, whose kernel is the whole row (paper section 3.4).
 
-    It takes the arguments of ``nn.Conv2d`` and computes the same. Where groups are as many as rows and the kernel
-    covers the input, it does so by one batched product: PyTorch's grouped convolution takes ten times as long there.
+    It takes the arguments of ``nn.Conv2d`` and computes the same. If there is one group for each row and the kernel
+    covers the input, it uses one batched product, because PyTorch's grouped convolution takes ten times as long.
 
     Shape:
         Input (B, R, R, 1), output (B, n·R, 1, 1); outputs n·r to n·r + n - 1 belong to row r.

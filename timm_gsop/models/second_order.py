@@ -248,7 +248,7 @@ def tokens_to_map(x: torch.Tensor, num_prefix_tokens: int, height: int, width: i
 
     Args:
         x: Tokens.
-        num_prefix_tokens: How many of the first ones are none of the image's: class and register tokens.
+        num_prefix_tokens: How many of the first ones do not belong to the image: class and register tokens.
         height: Rows of the map, H.
         width: Columns of the map, W.
 
@@ -270,7 +270,7 @@ class _Features(NamedTuple):
         layout: ``"NCHW"``, ``"NHWC"`` or ``"tokens"``.
         channels: Their channels.
         grid_size: Of tokens: rows and columns.
-        num_prefix_tokens: Of tokens: how many are none of the image's.
+        num_prefix_tokens: Of tokens: how many do not belong to the image.
         not_called: Names of modules that are not called.
         unused: Names of parameters on which they do not depend.
     """
@@ -362,7 +362,7 @@ def _parameters_behind(x: torch.Tensor) -> set[int]:
 
 
 def _remove_unused(backbone: nn.Module, features: _Features) -> None:
-    """Remove layers of a backbone that only its own head calls: their weights would never have a gradient.
+    """Remove layers that only the backbone's own head calls, whose weights would never have a gradient.
 
     Parameters that are used, but not for the image's features, are frozen: those of class attention, for one.
     """
@@ -445,8 +445,8 @@ def second_order(
 ) -> Any:
     """Second-order pooling on any network of timm as the backbone: ``backbone=NAME``.
 
-    ``pretrained=True`` loads the backbone's weights, and the head is new. Of a saved network, by ``local-dir:`` or
-    ``hf-hub:``, everything is loaded, and nobody asks for the backbone's own weights. A file that
+    ``pretrained=True`` loads the backbone's weights, and the head is new. For a saved network, ``local-dir:`` or
+    ``hf-hub:``, it loads everything, and does not download the backbone's own weights. A file that
     ``pretrained_cfg_overlay`` names may hold either.
     """
     backbone = kwargs.get("backbone", DEFAULT_BACKBONE)

@@ -35,13 +35,13 @@ def read_checkpoint(path: Path) -> Weights:
         ) from error
     if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(
-            f"checkpoint={str(path)!r} holds no weights; accepted: tensors by name, maybe as 'state_dict'."
+            f"checkpoint={str(path)!r} holds no weights; accepted: tensors by name, at the top or under 'state_dict'."
         )
     return dict(weights)
 
 
 def load_exactly(model: nn.Module, weights: Weights) -> None:
-    """Load weights into a model, each name and shape of which must fit.
+    """Load weights into a model, and require every name and shape to fit.
 
     Counts of batches, which files from before PyTorch 0.4.1 lack, start at zero.
 

@@ -1,4 +1,4 @@
-"""Weights whose head is another one than the network's: they load without it."""
+"""Weights whose head differs from the network's load without it."""
 
 import logging
 from typing import Any
@@ -17,8 +17,8 @@ _logger = logging.getLogger(__name__)
 def fit_head(weights: Weights, model: Any, say: bool = True) -> Weights:
     """Replace the head of weights by the network's own, untrained one where they differ in global pooling.
 
-    They differ if one has covariance pooling and the other has not, if its size is another one, or if the classifiers
-    read another number of features. Weights that are incomplete, or do not fit otherwise, are left as they are, for
+    They differ if only one has covariance pooling, if the sizes of covariance pooling differ, or if the classifiers
+    read different numbers of features. Weights that are incomplete, or do not fit otherwise, are left as they are, for
     timm to refuse.
 
     Args:

@@ -1,4 +1,4 @@
-"""Blocks that start without changing what a network computes, so that trained weights can be built upon."""
+"""Blocks that start without changing what a network computes, so that training can continue from trained weights."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -39,8 +39,8 @@ class _Site(NamedTuple):
 def neutral_start(model: nn.Module, weights: Weights) -> Weights:
     """Make every block that ``weights`` do not have neutral, and return weights with which the function is unchanged.
 
-    With its last convolution zero, a block's sigmoid gives exactly one half. In the paper flavor the block makes
-    ``1.5 x`` of ``x``. What follows makes up for it: the convolutions that read the block's output are scaled by 2/3
+    With its last convolution zero, a block's sigmoid gives exactly one half. In the paper flavor the block returns
+    ``1.5 x``. The layers after it compensate: the convolutions that read the block's output are scaled by 2/3
     (the next stage's, covariance pooling's, or the classifier); in DenseNet, a batch normalization reads it, whose
     statistics are scaled. In the official flavor the block is in front of the addition: the weight and bias of the
     batch normalization before it are doubled. This holds in training too, and the sigmoid starts where it is steepest.
