@@ -15,6 +15,7 @@ import safetensors.torch
 import timm
 import torch
 
+from tests.fresh_process import run_fresh
 from tests.hub_server import TOKEN, HubServer
 from tests.test_conversion import NARROW, in_their_names, isqrt_resnet, randomize, vanilla_resnet
 from tests.test_zoo import SMALL_BASES
@@ -80,8 +81,7 @@ def logits_of(model: Callable[[torch.Tensor], torch.Tensor], size: int = 64) -> 
 
 
 def publish(folder: Path, env: dict[str, str], *options: str, repo: str = REPO) -> subprocess.CompletedProcess:
-    command = [sys.executable, "hub/publish.py", str(folder), "--repo", repo, *options]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return run_fresh("hub/publish.py", str(folder), "--repo", repo, *options, env=env, cwd=ROOT)
 
 
 def release(env: dict[str, str], published: str, tmp_path: Path) -> dict[str, str]:
@@ -95,8 +95,7 @@ def release(env: dict[str, str], published: str, tmp_path: Path) -> dict[str, st
 
 
 def create(env: dict[str, str], name: str, script: str = LOGITS, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", script, name, json.dumps(kwargs)]
-    return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=300)
+    return run_fresh("-c", script, name, json.dumps(kwargs), env=env)
 
 
 def assert_logits(done: subprocess.CompletedProcess, expected: torch.Tensor, rtol: float = 0.0) -> None:
