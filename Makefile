@@ -16,11 +16,11 @@ quickstart: $(VENV)/demo.done
 
 test: $(VENV)/test.done lint
 	$(RUN) -m tests.timm_source
-	$(RUN) -m pytest -n auto --dist loadgroup -m "not slow"
+	$(RUN) -m pytest -n auto -m "not slow"
 
 test-full: $(VENV)/browser.done lint
 	$(RUN) -m tests.timm_source
-	$(RUN) -m pytest -n auto --dist loadgroup
+	$(RUN) -m pytest -n auto
 
 # The tests look for chromium or google-chrome, or take $$CHROMIUM.
 test-browser: $(VENV)/browser.done
@@ -31,12 +31,12 @@ demo: $(VENV)/space.done
 
 test-lowest: $(VENV)-lowest/test.done
 	$(VENV)-lowest/bin/python -m tests.timm_source
-	$(VENV)-lowest/bin/python -m pytest -n auto --dist loadgroup -m "not slow"
+	$(VENV)-lowest/bin/python -m pytest -n auto -m "not slow"
 
 test-latest: $(VENV)-latest/test.done
 	$(VENV)-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[test]"
 	$(VENV)-latest/bin/python -m tests.timm_source
-	$(VENV)-latest/bin/python -m pytest -n auto --dist loadgroup -m "not slow"
+	$(VENV)-latest/bin/python -m pytest -n auto -m "not slow"
 
 $(VENV)-lowest/test.done: WITH = "torch==2.5.*" "timm==1.0.31"
 $(VENV)-%/test.done: pyproject.toml

@@ -20,6 +20,9 @@ def run(program, *arguments):
         code, *arguments = arguments
         sys.argv, sys.path[0] = ["-c", *arguments], ""
         exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    elif program == "-m":
+        sys.argv, sys.path[0] = list(arguments), ""
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv, sys.path[0] = [program, *arguments], os.path.dirname(os.path.abspath(program))
         runpy.run_path(program, run_name="__main__")
@@ -58,11 +61,13 @@ def _runner() -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", _RUNNER], **pipes)  # ends with its standard input
 
 
-def run_fresh(*program: str, env: dict[str, str] | None = None, cwd: Path | str = "/") -> subprocess.CompletedProcess:
-    """Run ``python PROGRAM``: a file and its arguments, or ``-c``, code and arguments.
+def run_fresh(
+    *program: str | Path, env: dict[str, str] | None = None, cwd: Path | str = "/"
+) -> subprocess.CompletedProcess:
+    """Run ``python PROGRAM``: a file and its arguments, ``-m`` and a module's name, or ``-c`` and code.
 
     Args:
-        *program: The file or ``-c``, and what follows.
+        *program: What follows ``python``.
         env: The whole environment of the process; None for this one's.
         cwd: Its folder.
 
@@ -72,8 +77,10 @@ def run_fresh(*program: str, env: dict[str, str] | None = None, cwd: Path | str 
     runner = _runner()
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("out", "err")]
-        job = dict(program=program, env=env or dict(os.environ), cwd=str(cwd), streams=list(map(str, streams)))
+        job = dict(
+            program=list(map(str, program)), env=env or dict(os.environ), cwd=str(cwd), streams=list(map(str, streams))
+        )
         print(json.dumps(job), file=runner.stdin, flush=True)
         exit_code = int(runner.stdout.readline())
         out, err = (stream.read_text(encoding="utf-8") for stream in streams)
-    return subprocess.CompletedProcess(list(program), exit_code, out, err)
+    return subprocess.CompletedProcess(job["program"], exit_code, out, err)

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from timm.models import save_for_hf
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
+from tests.fresh_process import run_fresh
 from timm_gsop.hub import convert, neutral_start
 from timm_gsop.layers import GSOP_TYPES
 from timm_gsop.pretrained.checkpoint import load_exactly, read_checkpoint
@@ -469,7 +468,6 @@ def test_old_files_without_counts_of_batches(tmp_path):
 def test_command_line(tmp_path):
     torch.save(in_their_names(isqrt_resnet()), tmp_path / "checkpoint.pth")
     command = [
-        sys.executable,
         "hub/convert.py",
         "--from",
         "fast-mpn-cov",
@@ -477,11 +475,11 @@ def test_command_line(tmp_path):
         tmp_path / "out",
     ]
     kwargs = ["--model", "gsop_resnet50_net2", "--model-kwargs", "channels=(16,32,64,128)", "cov_dim=8"]
-    done = subprocess.run([*command, *kwargs], cwd=ROOT, capture_output=True, text=True)
+    done = run_fresh(*command, *kwargs, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "wrote" in done.stdout
     assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)(image()).shape == (2, 7)
-    again = subprocess.run([*command, *kwargs], cwd=ROOT, capture_output=True, text=True)
+    again = run_fresh(*command, *kwargs, cwd=ROOT)
     assert again.returncode == 1
     assert re.match(r"error: folder=.* has something in it already", again.stderr.splitlines()[-1])
     assert not zipfile.is_zipfile(tmp_path / "out/model.safetensors")  # no pickle

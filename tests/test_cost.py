@@ -10,7 +10,6 @@ from timm_gsop.hub.operations import count_macs, model_macs
 from timm_gsop.layers import ChannelGsop
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("cost")  # one process makes the tables, which take a while
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,15 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests.fresh_process import run_fresh
 from timm_gsop.viz import draw_curves
 from timm_gsop.viz.__main__ import main
 from timm_gsop.viz.curves import _name
 from timm_gsop.viz.summary import read_summary
+
+ROOT = Path(__file__).parents[1]
 
 HEADER = "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr"
 
@@ -44,8 +45,7 @@ def test_a_resumed_run_counts_its_epochs_once(tmp_path):
 
 def test_command_line(tmp_path):
     paths = [summary(tmp_path / name / "summary.csv", 50, 60) for name in ("net1", "net2")]
-    command = [sys.executable, "-m", "timm_gsop.viz", "curves", *paths, "-o", tmp_path / "curves.png"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_fresh("-m", "timm_gsop.viz", "curves", *paths, "-o", tmp_path / "curves.png", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "curves.png").size == (1200, 480)
     assert {path.name for path in tmp_path.iterdir()} == {"net1", "net2", "curves.png"}

@@ -13,6 +13,7 @@ import timm
 import torch
 import yaml
 
+from tests.fresh_process import run_fresh
 from tests.test_conversion import NARROW, in_their_names, isqrt_resnet
 from timm_gsop.hub import convert, publish, stage
 from timm_gsop.hub.hub_folder import check_hub_folder, save_hub_folder
@@ -240,8 +241,8 @@ def test_a_full_disk_is_one_line(folder, tmp_path):
 
 
 def test_dry_run(folder, tmp_path):
-    command = [sys.executable, "hub/publish.py", str(folder), "--repo", "me/mine", "--dry-run"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = ["hub/publish.py", folder, "--repo", "me/mine", "--dry-run"]
+    done = run_fresh(*command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     upload = tmp_path / "folder-upload"
     assert {path.name for path in upload.iterdir()} == {
@@ -251,11 +252,11 @@ def test_dry_run(folder, tmp_path):
     save_hub_folder(small(num_classes=5), tmp_path / "other")
     shutil.rmtree(folder)
     (tmp_path / "other").rename(folder)
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    again = run_fresh(*command, cwd=ROOT)
     assert again.returncode == 0, again.stderr
     assert "**Classes**: 5" in (upload / "README.md").read_text()  # it takes the place of the first
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "folder-upload"}
     (upload / "notes.txt").touch()  # of the user's own
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    refused = run_fresh(*command, cwd=ROOT)
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: folder=")

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -9,7 +7,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from timm.data import ImageNetInfo, create_dataset
 
+from tests.fresh_process import run_fresh
 from timm_gsop.data.subset import draw_classes, list_images, main
+
+ROOT = Path(__file__).parents[1]
 
 SYNSETS = ImageNetInfo("imagenet-1k").label_names()
 FIRST = ["n01443537", "n01537544", "n01560419"]
@@ -72,8 +73,7 @@ def test_timm_reads_it(layout, tmp_path):
 
 
 def test_of_the_synsets_alone(tmp_path):
-    command = [sys.executable, "-m", "timm_gsop.data.subset", "-o", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_fresh("-m", "timm_gsop.data.subset", "-o", tmp_path, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "classes.txt").read_text().splitlines() == draw_classes(SYNSETS)
     assert {path.name for path in tmp_path.iterdir()} == {"classes.txt"}
