@@ -92,11 +92,26 @@ NETWORKS = {
     "inception": ("gsop_inception_v3_net2", dict(num_classes=5, cov_dim=8, isqrt_dim=6)),
 }
 QUICK = ("net2", "preresnet")
+# Too deep, untrained, for the bounds of half precision: timm's own network, which has no layer of this package, is as
+# far from float32 (features 0.09 in float16, 0.5 in bfloat16). Twice its error is the bound.
+PLAIN = {"inception": ("inception_v3", dict(num_classes=5))}
 
 
-def network(name: str) -> nn.Module:
-    model_name, kwargs = NETWORKS[name]
-    return smooth(timm.create_model(model_name, **kwargs))
+def network(name: str, x: torch.Tensor, training: bool) -> nn.Module:
+    """A network with the statistics of a trained one: with others, activations leave float16's range."""
+    model_name, kwargs = {**NETWORKS, **{f"plain {key}": plain for key, plain in PLAIN.items()}}[name]
+    model = smooth(timm.create_model(model_name, **kwargs))
+    update_bn([x], model)
+    return Network(model).train(training)
+
+
+def bounds_of_network(name: str, x: torch.Tensor, autocast: str, training: bool) -> tuple[float, float]:
+    if name not in PLAIN or autocast == "float32":
+        return bounds_of(autocast)
+    plain = network(f"plain {name}", x, training)
+    ys, gradients = evaluate(plain, x[None])
+    rounded, rounded_gradients = evaluate(plain, x[None], AUTOCAST[autocast])
+    return 2 * output_error(rounded[0], ys[0]), 2 * gradient_error(rounded_gradients[0], gradients[0])
 
 
 class SmoothMaximum(nn.Module):
@@ -196,13 +211,11 @@ def network_cases() -> list:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize(("name", "backend", "autocast"), network_cases())
 def test_networks(name, backend, autocast, training):
-    model = network(name)
     size = {"inception": 139, "preresnet": 32}.get(name, 64)
     x = torch.randn(8, 3, size, size)
-    update_bn([x], model)  # the statistics of trained networks: with others, activations leave float16's range
-    model.train(training)
-    assert model(x).std(dim=0).min() > 1e-3, "the logits do not depend on the image"
-    assert_one_answer(Network(model), x[None], backend, autocast, bounds_of(autocast))
+    model = network(name, x, training)
+    assert model(x[None])[0].std(dim=0).min() > 1e-3, "the logits do not depend on the image"
+    assert_one_answer(model, x[None], backend, autocast, bounds_of_network(name, x, autocast, training))
 
 
 def test_second_derivatives_and_samples_of_the_exact_root():
