@@ -93,7 +93,8 @@ NETWORKS = {
 }
 QUICK = ("net2", "preresnet")
 # Too deep, untrained, for the bounds of half precision: timm's own network, which has no layer of this package, is as
-# far from float32 (features 0.09 in float16, 0.5 in bfloat16). Twice its error is the bound.
+# far from float32 (features 0.09 in float16, 0.5 in bfloat16). In float16 twice its error is the bound. In bfloat16
+# most of its gradient is rounding, and nothing can be compared.
 PLAIN = {"inception": ("inception_v3", dict(num_classes=5))}
 
 
@@ -203,6 +204,8 @@ def network_cases() -> list:
     for name in NETWORKS:
         for backend in BACKENDS:
             for autocast in AUTOCAST:
+                if name in PLAIN and autocast == "bfloat16":
+                    continue
                 quick = backend != "inductor" and name in QUICK and (backend, autocast) != ("aot_eager", "float16")
                 cases.append(pytest.param(name, backend, autocast, marks=[] if quick else pytest.mark.slow))
     return cases
