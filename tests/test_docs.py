@@ -171,6 +171,8 @@ def test_shown_commands_have_their_options(tmp_path, run_program):
             ours.setdefault(command, set()).update(options)
     assert "timm_gsop.viz curves" in ours
     assert "hub/publish.py" in ours
+    if torch.__version__ < (2, 6):  # which today's torchao needs
+        del ours["examples/quantize_int8.py"]
     result = tmp_path / "usages.json"
     run_program(tmp_path, f"ROOT, COMMANDS, RESULT = {str(ROOT)!r}, {list(ours)!r}, {str(result)!r}\n{USAGES}")
     for command, usage in json.loads(result.read_text()).items():

@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.test_modes import NARROW, NETWORKS
 
+today = pytest.mark.skipif(torch.__version__ < (2, 6), reason="today's PEFT and torchao need PyTorch 2.6")
 VARIANTS = ["net1", "net2", "position", "concat", "official", "preresnet"]
 
 
@@ -38,6 +39,7 @@ def test_every_convolution_can_be_made_again_from_its_arguments(name):
         assert again.weight.shape == conv.weight.shape
 
 
+@today
 @pytest.mark.parametrize("name", ["net2", "official", "concat", "preresnet"])
 def test_lora_trains_and_merges(name):
     peft = pytest.importorskip("peft")
@@ -58,6 +60,7 @@ def test_lora_trains_and_merges(name):
     torch.testing.assert_close(merged(x), expected, rtol=1e-3, atol=1e-4)
 
 
+@today
 @pytest.mark.parametrize("name", ["net1", "net2"])
 def test_weight_only_int8(name):
     quantization = pytest.importorskip("torchao.quantization")

@@ -78,8 +78,8 @@ def without_autocast(backward: Backward) -> Backward:
 
     @wraps(backward)
     def guarded(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
-        with autocast_disabled(device):
+        devices = [grad.device for grad in grads if grad is not None]
+        with autocast_disabled(devices[0] if devices else torch.device("cpu")):
             return backward(ctx, *grads)
 
     return guarded

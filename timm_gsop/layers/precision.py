@@ -16,6 +16,12 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 def autocast_disabled(device: torch.device) -> AbstractContextManager:
     """Return a context in which autocast leaves tensors of ``device`` alone."""
-    if not torch.amp.is_autocast_available(device.type):  # the meta device, for one
+    if not _has_autocast(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+@torch.compiler.assume_constant_result  # the compiler of torch 2.5 cannot look into PyTorch's function
+def _has_autocast(device_type: str) -> bool:
+    """Whether a device has autocast; the meta device, for one, has not."""
+    return torch.amp.is_autocast_available(device_type)
