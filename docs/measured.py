@@ -3,6 +3,7 @@
 Writes the tables of docs/performance.md, results.md and backbones.md, and draws growth.png and sqrt_accuracy.png.
 """
 
+import argparse
 import json
 import math
 from collections import Counter
@@ -236,6 +237,7 @@ def draw_sqrt_accuracy(result: Mapping[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Write the tables into the pages, and draw the pictures."""
+    argparse.ArgumentParser(description=__doc__).parse_args()  # so that --help only says what it does
     for page, texts in contents().items():
         (ROOT / page).write_text(update((ROOT / page).read_text(encoding="utf-8"), texts), encoding="utf-8")
     draw_growth(load("performance/growth"), ROOT / "docs/figures/growth.png")

@@ -176,6 +176,7 @@ def test_shown_commands_have_their_options(tmp_path, run_program):
     result = tmp_path / "usages.json"
     run_program(tmp_path, f"ROOT, COMMANDS, RESULT = {str(ROOT)!r}, {list(ours)!r}, {str(result)!r}\n{USAGES}")
     for command, usage in json.loads(result.read_text()).items():
+        assert usage.startswith("usage: "), command  # or it did its work, in our checkout
         assert ours[command] <= set(re.findall(r"--[\w-]+", usage)), f"{command}: {usage}"
 
 
