@@ -125,7 +125,7 @@ class SmoothMaximum(nn.Module):
 def average_in_place_of_maximum(
     x: torch.Tensor, kernel_size: int, stride: int | None = None, padding: int = 0, *others: object, **options: object
 ) -> torch.Tensor:
-    """Average pooling with the arguments of max_pool2d. The maximum has corners too, even for the rounding of float32."""
+    """Average pooling with the arguments of max_pool2d. Even float32 meets the corners of a maximum."""
     return nn.functional.avg_pool2d(x, kernel_size, stride, padding)
 
 
