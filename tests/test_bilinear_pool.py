@@ -165,11 +165,16 @@ def test_autocast_reaches_neither_the_output_nor_the_gradient(kind, compiled, ba
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def with_statistics(kind: str) -> torch.nn.Module:
+    """A pool in evaluation mode, its batch normalization with the statistics of some maps."""
+    pool = CREATE[kind]().train()
+    pool(torch.randn(8, 6, 5, 5))
+    return pool.eval()
+
+
 @every_pool
 def test_script_trace_and_fx(kind, tmp_path):
-    pool = CREATE[kind]().train()
-    pool(torch.randn(8, 6, 5, 5))  # statistics
-    pool.eval()
+    pool = with_statistics(kind)
     x, other = torch.randn(2, 6, 5, 5), torch.randn(3, 6, 7, 4)
     torch.jit.script(pool).save(tmp_path / "script.pt")
     torch.jit.trace(pool, x).save(tmp_path / "trace.pt")
@@ -183,7 +188,7 @@ def test_script_trace_and_fx(kind, tmp_path):
 def test_export(kind):
     if "compact" in kind and torch.__version__ < (2, 6):
         pytest.skip("PyTorch 2.5 cannot export a Fourier transform of a free shape")
-    pool = CREATE[kind]().eval()
+    pool = with_statistics(kind)
     x, other = torch.randn(2, 6, 5, 5), torch.randn(3, 6, 7, 4)
     auto = torch.export.Dim.AUTO
     program = torch.export.export(pool, (x,), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
