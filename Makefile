@@ -76,8 +76,9 @@ docs-serve: docs
 
 figures: $(VENV)/demo.done
 	$(RUN) docs/figures/architecture.py
-	$(RUN) docs/figures/ankle_boot.py
 	$(RUN) docs/measured.py
+	$(RUN) -m experiments.tables --csv experiments/results.csv --figure docs/figures/cifar10.png > /dev/null
+	$(RUN) -m timm_gsop.viz curves experiments/results/scratch/*-0.csv -o docs/figures/cifar10_curves.png
 
 release-notes: $(VENV)/test.done
 	$(RUN) .github/release_notes.py $(TAG)

@@ -16,6 +16,7 @@ import timm
 import torch
 
 from benchmarks import ROOT, table, update
+from experiments.tables import all_tables
 from timm_gsop.hub.operations import count_macs
 from timm_gsop.viz.figure import new_figure, save_figure
 from timm_gsop.viz.summary import read_summary
@@ -172,6 +173,11 @@ def fashion_mnist_table() -> str:
     return table(columns, lines)
 
 
+def cifar10_tables() -> dict[str, str]:
+    """Groups of the plan of which runs have finished."""
+    return {name: "\n".join(lines) for name, (_, lines) in all_tables().items()}
+
+
 def contents() -> dict[str, dict[str, str]]:
     """What the pages show, by the names of their markers."""
     files = ("blocks", "networks", "networks_bfloat16", "networks_bfloat16_medium", "pieces", "pieces_medium")
@@ -187,7 +193,7 @@ def contents() -> dict[str, dict[str, str]]:
     heads = load("performance/heads")
     return {
         "docs/performance.md": performance,
-        "docs/results.md": {"table": fashion_mnist_table()},
+        "docs/results.md": {**cifar10_tables(), "fashion_mnist": fashion_mnist_table()},
         "docs/backbones.md": {"heads": heads_table(heads), "heads' machine": about(heads)},
     }
 

@@ -42,7 +42,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir")
-    parser.add_argument("--model", default="gsop_preresnet20_net1")
+    parser.add_argument("--model", default="gsop_preresnet20_net1.fashion_mnist")
     args = parser.parse_args()
     model = timm.create_model(args.model, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))

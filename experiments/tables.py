@@ -25,6 +25,39 @@ from timm_gsop.viz.summary import read_summary
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LABELS = {
+    "scratch": {
+        "vanilla": "vanilla",
+        "stride1": "vanilla, last stage not down-sampled",
+        "net1": "GSoP-Net1",
+        "net2": "GSoP-Net2",
+        "net2_nodrop": "GSoP-Net2 without dropout",
+        "se": "SE",
+        "isqrt": "iSQRT-COV",
+        "isqrt_nodrop": "iSQRT-COV without dropout",
+        "vanilla_net1_time": "vanilla, in Net1's time",
+        "vanilla_net2_time": "vanilla, in Net2's time",
+        "stride1_net1_time": "not down-sampled, in Net1's time",
+        "stride1_net2_time": "not down-sampled, in Net2's time",
+    },
+    "transfer": {
+        "avg": "average pooling",
+        **{f"isqrt{size}": f"iSQRT-COV pooling, {size} channels" for size in (64, 128, 256)},
+        "bilinear64": "bilinear pooling, 64 channels",
+        "neutral": "average pooling; blocks, neutral start",
+        "random": "average pooling; blocks, random start",
+        "both": "iSQRT-COV pooling, 128 channels; blocks, neutral start",
+    },
+    "ablation": {
+        **{f"channel{size}": f"blocks by channel, covariance of {size}" for size in (32, 64, 128)},
+        **{f"position{size}": f"blocks by position, covariance of {size}" for size in (16, 36, 64)},
+        **{name: f"both kinds of blocks, fused by {name}" for name in ("avg", "max", "concat")},
+        **{f"stage{i}": f"blocks by channel in stage {i} alone" for i in (1, 2, 3)},
+        **{f"iterations{n}": f"iSQRT-COV, {n} iteration{'s' * (n > 1)}" for n in (1, 3, 5, 10)},
+        "mpn": "MPN-COV, the exact root",
+    },
+}
+"""What the tables say of a row, by the first word of its group."""
 COLUMNS = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
 
 
@@ -56,12 +89,14 @@ def table(
     speeds = speeds or {}
     rows: dict[str, dict[int, float]] = {}
     first: dict[str, Run] = {}
+    labels = LABELS.get(runs[0].group.partition("_")[0], {})
     planned = Counter(run.row for run in runs)
     for run in runs:
         first.setdefault(run.row, run)
         if (accuracy := top1(run, results)) is not None:
             rows.setdefault(run.row, {})[run.seed] = accuracy
-    heads = ["row", "recipe", "epochs", "parameters (M)", "training", "inference", "top-1 (%) of each seed"]
+    kinds = dict(train="training", test="inference") if any(f"{run.group}/{run.row}" in speeds for run in runs) else {}
+    heads = ["row", "network", "epochs", "parameters (M)", *kinds.values(), "top-1 (%) of each seed"]
     lines = [[*heads, "mean", "spread", *[f"minus {name}, each seed" for name in references]]]
     lines.append(["---"] * len(lines[0]))
     for row, found in rows.items():
@@ -69,14 +104,35 @@ def table(
         seeds = ", ".join(f"{value:.2f}" for value in values)
         if missing := planned[row] - len(values):
             seeds += f" ({missing} to come)"
-        cells = [row, f"[file](../train_configs/{run.recipe}.yaml)", str(run.epochs), f"{parameters(run):.3f}"]
+        link = f"[{row}](../train_configs/{run.recipe}.yaml)"
+        cells = [
+            link,
+            labels.get(row, ""),
+            str(run.epochs),
+            f"{parameters(run):.3f}",
+        ]
         own, unit = (speeds.get(f"{run.group}/{name}") for name in (row, references[0] if references else row))
-        cells += [f"{unit[kind] / own[kind]:.1f}×" if own and unit else "–" for kind in ("train", "test")]
+        cells += [f"{unit[kind] / own[kind]:.1f}×" if own and unit else "–" for kind in kinds]
         cells += [seeds, f"{mean(values):.2f}", f"{max(values) - min(values):.2f}" if len(values) > 1 else "–"]
         for name in references:
             pairs = [found[seed] - rows[name][seed] for seed in found if seed in rows.get(name, {}) and name != row]
             cells.append(", ".join(f"{pair:+.2f}" for pair in pairs) or "–")
         lines.append(cells)
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def search_table(runs: Sequence[Run], results: Path = RESULTS) -> list[str]:
+    """A search for learning rates as a table in Markdown: validation accuracy of each, the best in bold."""
+    rows: dict[str, dict[float, float]] = {}
+    for run in runs:
+        if (accuracy := top1(run, results)) is not None:
+            rows.setdefault(run.row.rpartition("_lr")[0], {})[run.options["lr"]] = accuracy
+    rates = sorted({run.options["lr"] for run in runs})
+    lines = [["row", *[f"lr {rate:g}" for rate in rates]], ["---"] * (1 + len(rates))]
+    for row, found in rows.items():
+        best = max((accuracy, rate) for rate, accuracy in found.items())[1]
+        cells = [f"{found[rate]:.2f}" if rate in found else "to come" for rate in rates]
+        lines.append([row, *[f"**{cell}**" if rate == best else cell for rate, cell in zip(rates, cells, strict=True)]])
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
@@ -118,7 +174,26 @@ def draw_time(runs: Sequence[Run], results: Path, speeds: Mapping[str, Mapping[s
         axes.annotate(row, (minutes, mean(values)), xytext=(6, 3), textcoords="offset points", fontsize=8)
     axes.set(xlabel="training (minutes, one thread)", ylabel="top-1 accuracy (%)")
     axes.grid(alpha=0.3)
+    axes.margins(0.12)  # room for the names
     return figure
+
+
+def load_speeds(plan: Path = PLAN) -> dict[str, dict[str, float]]:
+    """What ``--measure`` found, by group and row."""
+    measured = measured_beside(plan)
+    return json.loads(measured.read_text()) if measured.exists() else {}
+
+
+def all_tables(plan: Path = PLAN, results: Path = RESULTS) -> dict[str, tuple[str, list[str]]]:
+    """What each group of the plan is about, and its table; without groups of which nothing is finished."""
+    found, runs, speeds = {}, load_plan(plan), load_speeds(plan)
+    for name, group in yaml.safe_load(plan.read_text())["groups"].items():
+        own = [run for run in runs if run.group == name]
+        is_search = "lrs" in group
+        lines = search_table(own, results) if is_search else table(own, group.get("references", ()), results, speeds)
+        if len(lines) > 2:
+            found[name] = group["what"], lines
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -130,13 +205,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path, help="accuracy against time, of --group")
     parser.add_argument("--group", default="scratch", help="the group that the figure shows")
     args = parser.parse_args(argv)
-    runs = load_plan(args.plan)
-    measured = measured_beside(args.plan)
-    speeds = json.loads(measured.read_text()) if measured.exists() else {}
-    for name, group in yaml.safe_load(args.plan.read_text())["groups"].items():
-        lines = table([run for run in runs if run.group == name], group.get("references", ()), args.results, speeds)
-        if len(lines) > 2:
-            print(f"**{group['what']}**\n\n" + "\n".join(lines) + "\n")
+    runs, speeds = load_plan(args.plan), load_speeds(args.plan)
+    for what, lines in all_tables(args.plan, args.results).values():
+        print(f"**{what}**\n\n" + "\n".join(lines) + "\n")
     if args.figure:
         shown = [run for run in runs if run.group == args.group]
         save_figure(draw_time(shown, args.results, speeds), args.figure, dpi=120)

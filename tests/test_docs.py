@@ -129,7 +129,7 @@ def test_python_examples_run_as_pasted(page, tmp_path, run_program):
         shutil.copy(ROOT / name, tmp_path / name)
     output = run_program(tmp_path, code)
     if page.name == "README.md":
-        assert output.splitlines()[0] == "Ankle boot"
+        assert output.splitlines()[0] == "cat"
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from experiments.plan import PLAN, RESULTS, chosen_lr, epochs_done, load_plan, top1
 from experiments.prepare import draw_all
 from experiments.run import main, speed_in
-from experiments.tables import COLUMNS, draw_time, table, timm_rows
+from experiments.tables import COLUMNS, draw_time, search_table, table, timm_rows
 from timm_gsop.viz.summary import read_summary
 
 ROOT = Path(__file__).parents[1]
@@ -206,7 +207,7 @@ def test_tables_have_what_is_finished(tmp_path):
     (results / "a/none-0.csv").write_text("epoch,eval_top1,eval_top5\n0,99.0,100.0\n")  # one epoch of three
     speeds = {"a/base": dict(train=300.0, test=900.0), "a/net": dict(train=150.0, test=300.0)}
     *_, base, net = table(runs, ["base"], results, speeds)
-    assert base.startswith("| base | [file](../train_configs/cifar10/preresnet20.yaml) | 3 | 0.219 | 1.0× | 1.0× |")
+    assert base.startswith("| [base](../train_configs/cifar10/preresnet20.yaml) |  | 3 | 0.219 | 1.0× | 1.0× |")
     assert net.endswith("| 2.0× | 3.0× | 74.50, 74.00 | 74.25 | 0.50 | +4.50, +3.00 |")
     found = timm_rows(runs, results)
     assert tuple(found[0]) == COLUMNS
@@ -218,6 +219,18 @@ def test_tables_have_what_is_finished(tmp_path):
         )
     )
     assert len(found) == 4
+
+
+def test_the_table_of_a_search_has_the_rate_that_is_chosen_in_bold(tmp_path):
+    runs = load_plan(make_plan(tmp_path, a=group(dict(avg={}, isqrt={}), epochs=1, lrs=[0.01, 0.03])))
+    (tmp_path / "a").mkdir()
+    for name, accuracy in {"avg_lr0.01": 70.0, "avg_lr0.03": 70.0, "isqrt_lr0.01": 60.0}.items():
+        (tmp_path / f"a/{name}-0.csv").write_text(f"epoch,eval_top1\n0,{accuracy}\n")
+    head, _, avg, isqrt = search_table(runs, tmp_path)
+    assert head == "| row | lr 0.01 | lr 0.03 |"
+    assert avg == "| avg | 70.00 | **70.00** |"
+    assert isqrt == "| isqrt | **60.00** | to come |"
+    assert chosen_lr(replace(runs[0], lr_from=tuple(runs[:2])), tmp_path) == 0.03
 
 
 def test_the_figure_has_a_point_for_each_row_that_was_measured(tmp_path):

@@ -113,11 +113,11 @@ def test_int8_answers_as_float32_does():
     """The shipped Net1 on real test images: half of the stored ones set the ranges, the other half are classified."""
     pytest.importorskip("torchao")
     from examples.quantize_int8 import quantize
-    from tests.fashion_mnist import sample
+    from tests.samples import fashion_mnist
 
-    images, labels = sample()
+    images, labels = fashion_mnist()
     half = len(labels) // 2
-    model = timm.create_model("gsop_preresnet20_net1", pretrained=True).eval()
+    model = timm.create_model("gsop_preresnet20_net1.fashion_mnist", pretrained=True).eval()
     with torch.no_grad():
         quantized = quantize(model, images[:half])
         answers = [net(images[half:]).argmax(1) for net in (model, quantized)]

@@ -76,7 +76,7 @@ def test_states_of_weights(capsys, tmp_path):
 def test_text_has_a_line_for_each_model(capsys):
     lines = printed(capsys).splitlines()
     assert lines[0].startswith(f"timm-gsop {timm_gsop.__version__}, timm {timm.__version__}, torch ")
-    assert any(line.split()[:2] == [f"{SHIPPED}.fashion_mnist", "ships"] for line in lines)
+    assert any(line.split()[:2] == [f"{SHIPPED}.cifar10", "ships"] for line in lines)
     assert any(line.split() == ["gsop_preresnet56_net1", "none"] for line in lines)
 
 

@@ -318,13 +318,13 @@ def test_a_new_network_does_not_ask_for_weights(caplog):
     assert "weights" not in caplog.text
 
 
-SHIPPED = ("gsop_preresnet20_net1", "gsop_preresnet20_net2")
+SHIPPED = [f"gsop_preresnet20_net{n}.{tag}" for n in (1, 2) for tag in ("cifar10", "fashion_mnist")]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_files_are_what_the_package_says(name, tmp_path):
     """``sha256sum -c SHA256SUMS`` says the same."""
-    path = Path(shipped(f"{name}.fashion_mnist"))
+    path = Path(shipped(name))
     assert known_digest(path) == sha256_of(path)
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=path.parents[1], capture_output=True, text=True)
     assert f"shipped/{path.name}: OK" in done.stdout
@@ -337,15 +337,15 @@ def test_a_networks_own_configuration_does_not_describe_the_weights_of_its_name(
     save_for_hf(model, tmp_path, safe_serialization=True)
     text = (tmp_path / "config.json").read_text()
     assert timm.get_pretrained_cfg("gsop_preresnet20_net1").description not in text
-    for word in ("Fashion", "T-shirt", "measured", "license", "apache"):
+    for word in ("CIFAR", "airplane", "measured", "license", "apache"):
         assert word not in text
-    assert '"input_size": [\n      3,\n      28' in text  # what the network takes stays
+    assert '"mean": [\n      0.4914' in text  # what the network takes stays
 
 
 def test_a_damaged_shipped_file_is_refused(tmp_path):
     package = Path(shipped("")).parents[2]
     shutil.copytree(package, tmp_path / "timm_gsop")
-    file = tmp_path / "timm_gsop/pretrained/shipped/gsop_preresnet20_net1.fashion_mnist.safetensors"
+    file = tmp_path / "timm_gsop/pretrained/shipped/gsop_preresnet20_net1.cifar10.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)

@@ -112,15 +112,18 @@ def test_every_network_with_weights_can_be_chosen():
     assert set(names[1:]) == ours
 
 
-@pytest.mark.parametrize("name", ["gsop_preresnet20_net1.fashion_mnist", "gsop_preresnet20_net2.fashion_mnist"])
-def test_networks_that_ship_name_the_examples(name):
-    network = networks.load(name)
-    for file in SPACE.glob("examples/*.png"):
+@pytest.mark.parametrize(("tag", "files", "size"), [("cifar10", "*.png", 32), ("fashion_mnist", "clothing/*.png", 28)])
+@pytest.mark.parametrize("name", ["gsop_preresnet20_net1", "gsop_preresnet20_net2"])
+def test_networks_that_ship_name_the_examples(name, tag, files, size):
+    network = networks.load(f"{name}.{tag}")
+    examples = list((SPACE / "examples").glob(files))
+    assert examples
+    for file in examples:
         crop, x = network.prepare(Image.open(file))
         classes = networks.classify(network.model, x, network.labels)
         assert max(classes, key=classes.get).lower().replace(" ", "-") == file.stem
         assert list(classes.values()) == sorted(classes.values(), reverse=True)
-        assert crop.size == (28, 28)
+        assert crop.size == (size, size)
         for trained, neutral in zip(record(network.model, x), record(network.neutral, x), strict=True):
             if trained.channel_weights is not None:
                 assert trained.channel_weights.std() > 0.05

@@ -23,7 +23,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.fashion_mnist import sample
+from tests.samples import FASHION_MNIST, fashion_mnist
 from timm_gsop.hub import convert, stage
 from timm_gsop.viz.summary import read_summary
 
@@ -177,10 +177,10 @@ def test_webdataset(digits, tmp_path):
     assert float(summary(tmp_path / "out")[0]["eval_top1"]) > 12
 
 
-@pytest.mark.parametrize("name", ["gsop_preresnet20_net1", "gsop_preresnet20_net2"])
+@pytest.mark.parametrize("name", ["gsop_preresnet20_net1.fashion_mnist", "gsop_preresnet20_net2.fashion_mnist"])
 def test_onnx_export_and_validate(name, tmp_path):
     """timm's exporter and onnxruntime, on stored test images: the accuracy is the network's."""
-    stored = np.load(ROOT / "tests/data/fashion_mnist_test.npz")
+    stored = np.load(FASHION_MNIST)
     for i, (image, label) in enumerate(zip(stored["images"], stored["labels"], strict=True)):
         folder = tmp_path / f"images/{label}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ def test_onnx_export_and_validate(name, tmp_path):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = float(re.findall(r"\* Prec@1 ([\d.]+)", done.stdout)[-1])
     model = timm.create_model(name, pretrained=True).eval()
-    images, labels = sample()
+    images, labels = fashion_mnist()
     with torch.no_grad():
         right = (model(images).argmax(1) == labels).float().mean().item()
     assert found == pytest.approx(100 * right, abs=0.41)  # two images: rounding of pixels

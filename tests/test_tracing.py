@@ -59,10 +59,10 @@ def test_a_saved_trace_needs_no_package(tmp_path):
 def test_openvino_converts_what_ships(name):
     openvino = pytest.importorskip("openvino")
     model = timm.create_model(name, pretrained=True).eval()
-    example = torch.randn(3, 3, 28, 28)
+    example = torch.randn(3, 3, 32, 32)
     converted = openvino.convert_model(model, example_input=example)
     compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    for x in (example, torch.randn(5, 3, 28, 28)):
+    for x in (example, torch.randn(5, 3, 32, 32)):
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(compiled(x.numpy())[0]), model(x), rtol=1e-3, atol=1e-3)
 

@@ -27,7 +27,7 @@ from PIL import Image
 
 from timm_gsop.viz import draw, record
 
-EXAMPLES = sorted((Path(__file__).parent / "examples").glob("*.png"))
+EXAMPLES = Path(__file__).parent / "examples"
 PHOTOS = ("china.jpg", "flower.jpg")  # scikit-learn's
 
 INTRODUCTION = """
@@ -88,7 +88,7 @@ def build(uploads: Path, more: list[str]) -> gr.Blocks:
         uploads: The folder in which Gradio puts what is uploaded; a file is removed as soon as it is read.
         more: Names of further networks.
     """
-    samples = [*((Image.open(path), path.stem) for path in EXAMPLES), *_photos()]
+    samples = [*_examples("*.png"), *_photos(), *_examples("clothing/*.png")]
     networks = choices(more)
 
     def upload(path: str, name: str) -> tuple[Any, ...]:
@@ -141,6 +141,10 @@ def build(uploads: Path, more: list[str]) -> gr.Blocks:
         network.change(explain, [image, note, network], shown, **one_at_a_time)
         page.load(explain, [image, note, network], shown, **one_at_a_time)
     return page.queue(max_size=20)
+
+
+def _examples(pattern: str) -> list[tuple[Image.Image, str]]:
+    return [(Image.open(path), path.stem) for path in sorted(EXAMPLES.glob(pattern))]
 
 
 def _photos() -> list[tuple[Image.Image, str]]:

@@ -99,10 +99,11 @@ def _neutral(model: nn.Module) -> nn.Module | None:
 
 
 def _about(cfg: Any, data: str) -> str:
-    description = (cfg and cfg.description) or ""
     if data == "Fashion-MNIST":
         return "It knows ten kinds of clothing, light on a dark ground, 28×28 pixels, and names every picture as one."
-    return description
+    if data == "CIFAR-10":
+        return f"It sees 32×32 pixels, and names every picture as one of: {', '.join(cfg.label_names)}."
+    return (cfg and cfg.description) or ""
 
 
 def _labels(model: Any, cfg: dict[str, Any]) -> Sequence[str]:

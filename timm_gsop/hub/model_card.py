@@ -19,7 +19,11 @@ from timm_gsop.viz.summary import read_summary
 
 __all__ = ["model_card"]
 
-HUB_DATASETS = {"ImageNet-1k": "ILSVRC/imagenet-1k", "Fashion-MNIST": "zalando-datasets/fashion_mnist"}
+HUB_DATASETS = {
+    "ImageNet-1k": "ILSVRC/imagenet-1k",
+    "CIFAR-10": "uoft-cs/cifar10",
+    "Fashion-MNIST": "zalando-datasets/fashion_mnist",
+}
 RECIPE = (
     *("dataset", "epochs", "batch_size", "input_size", "opt", "lr", "momentum", "weight_decay", "sched"),
     *("warmup_epochs", "smoothing", "mixup", "cutmix", "aa", "reprob", "drop", "drop_path"),
