@@ -177,6 +177,29 @@ def test_webdataset(digits, tmp_path):
     assert float(summary(tmp_path / "out")[0]["eval_top1"]) > 12
 
 
+@pytest.fixture(scope="session")
+def cifar10(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "cifar10"
+    done = subprocess.run([sys.executable, ROOT / "examples/cifar10_folder.py", folder], capture_output=True, text=True)
+    if done.returncode and " failed: " in done.stderr:
+        pytest.skip(f"CIFAR-10 cannot be fetched: {done.stderr[-300:]}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.xdist_group("cifar10")
+@pytest.mark.parametrize("name", ["gsop_preresnet20_net1", "gsop_preresnet20_net2"])
+def test_what_ships_reaches_the_figure_that_its_configuration_states(name, cifar10):
+    """On all of CIFAR-10's test images, with the preprocessing of the configuration."""
+    given = ["--model", name, "--pretrained", "--data-dir", cifar10, "--device", "cpu", "-b", "250", "-j", "0"]
+    line = [sys.executable, Path(SCRIPTS) / "validate.py", *given]
+    done = subprocess.run(list(map(str, line)), env=ENV, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    notes = " ".join(timm.get_pretrained_cfg(name).notes)
+    (stated,) = map(float, re.findall(r"measured: top-1 (\S+) %", notes))
+    assert json.loads(done.stdout.rpartition("--result")[2])["top1"] == pytest.approx(stated, abs=0.05)
+
+
 @pytest.mark.parametrize("name", ["gsop_preresnet20_net1.fashion_mnist", "gsop_preresnet20_net2.fashion_mnist"])
 def test_onnx_export_and_validate(name, tmp_path):
     """timm's exporter and onnxruntime, on stored test images: the accuracy is the network's."""

@@ -119,7 +119,7 @@ def preprocess(image: Image.Image, model: nn.Module, size: int | None = None) ->
         >>> model = timm.create_model("gsop_preresnet20_net1", pretrained=True)
         >>> crop, x = preprocess(Image.new("RGB", (40, 30)), model)
         >>> crop.size, tuple(x.shape), record(model, x)[0].name
-        ((28, 28), (1, 3, 28, 28), 'stages.0.blocks.gsop1.gsop')
+        ((32, 32), (1, 3, 32, 32), 'stages.0.blocks.gsop1.gsop')
     """
     config = resolve_data_config(get_model_input_config(model), model=model)
     if size is not None:
