@@ -17,6 +17,7 @@ import timm
 import yaml
 
 import timm_gsop  # noqa: F401  # registers the networks
+from benchmarks import table as markdown_table
 from experiments.plan import PLAN, RESULTS, Run, load_plan, measured_beside, top1
 from experiments.run import network
 from timm_gsop.viz.figure import new_figure, save_figure
@@ -97,20 +98,15 @@ def table(
             rows.setdefault(run.row, {})[run.seed] = accuracy
     kinds = dict(train="training", test="inference") if any(f"{run.group}/{run.row}" in speeds for run in runs) else {}
     heads = ["row", "network", "epochs", "parameters (M)", *kinds.values(), "top-1 (%) of each seed"]
-    lines = [[*heads, "mean", "spread", *[f"minus {name}, each seed" for name in references]]]
-    lines.append(["---"] * len(lines[0]))
+    heads += ["mean", "spread", *[f"minus {name}, each seed" for name in references]]
+    lines = []
     for row, found in rows.items():
         run, values = first[row], list(found.values())
         seeds = ", ".join(f"{value:.2f}" for value in values)
         if missing := planned[row] - len(values):
             seeds += f" ({missing} to come)"
-        link = f"[{row}](../train_configs/{run.recipe}.yaml)"
-        cells = [
-            link,
-            labels.get(row, ""),
-            str(run.epochs),
-            f"{parameters(run):.3f}",
-        ]
+        link, label = f"[{row}](../train_configs/{run.recipe}.yaml)", labels.get(row, "")
+        cells = [link, label, str(run.epochs), f"{parameters(run):.3f}"]
         own, unit = (speeds.get(f"{run.group}/{name}") for name in (row, references[0] if references else row))
         cells += [f"{unit[kind] / own[kind]:.1f}×" if own and unit else "–" for kind in kinds]
         cells += [seeds, f"{mean(values):.2f}", f"{max(values) - min(values):.2f}" if len(values) > 1 else "–"]
@@ -118,7 +114,7 @@ def table(
             pairs = [found[seed] - rows[name][seed] for seed in found if seed in rows.get(name, {}) and name != row]
             cells.append(", ".join(f"{pair:+.2f}" for pair in pairs) or "–")
         lines.append(cells)
-    return [f"| {' | '.join(cells)} |" for cells in lines]
+    return markdown_table(heads, lines).splitlines()
 
 
 def search_table(runs: Sequence[Run], results: Path = RESULTS) -> list[str]:
@@ -128,12 +124,12 @@ def search_table(runs: Sequence[Run], results: Path = RESULTS) -> list[str]:
         if (accuracy := top1(run, results)) is not None:
             rows.setdefault(run.row.rpartition("_lr")[0], {})[run.options["lr"]] = accuracy
     rates = sorted({run.options["lr"] for run in runs})
-    lines = [["row", *[f"lr {rate:g}" for rate in rates]], ["---"] * (1 + len(rates))]
+    lines = []
     for row, found in rows.items():
         best = max((accuracy, rate) for rate, accuracy in found.items())[1]
         cells = [f"{found[rate]:.2f}" if rate in found else "to come" for rate in rates]
         lines.append([row, *[f"**{cell}**" if rate == best else cell for rate, cell in zip(rates, cells, strict=True)]])
-    return [f"| {' | '.join(cells)} |" for cells in lines]
+    return markdown_table(["row", *[f"lr {rate:g}" for rate in rates]], lines).splitlines()
 
 
 def timm_rows(runs: Sequence[Run], results: Path = RESULTS) -> list[dict[str, str]]:

@@ -8,7 +8,6 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 FASHION_MNIST = ROOT / "tests/data/fashion_mnist_test.npz"
-CAT = ROOT / "docs/figures/cat.png"
 
 
 def fashion_mnist() -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,4 +19,4 @@ def fashion_mnist() -> tuple[torch.Tensor, torch.Tensor]:
 
 def cat() -> Image.Image:
     """The photo that README classifies, 128×128 pixels."""
-    return Image.open(CAT).convert("RGB")
+    return Image.open(ROOT / "docs/figures/cat.png").convert("RGB")

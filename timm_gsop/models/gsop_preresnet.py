@@ -280,7 +280,6 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 def _cifar10(name: str, top1: str, recipe: str, **kwargs: Any) -> dict[str, Any]:
     """Weights that ship, of small photos, 32×32 pixels."""
-    model = name.partition(".")[0]
     return _cfg(
         file=shipped(name),
         num_classes=10,
@@ -292,7 +291,7 @@ def _cifar10(name: str, top1: str, recipe: str, **kwargs: Any) -> dict[str, Any]
             "data: CIFAR-10",
             f"recipe: timm's train.py -c train_configs/cifar10/{recipe}.yaml --seed 0; docs/results.md has all runs",
             f"measured: top-1 {top1} % on the 10 000 test images (validate.py --dataset torch/cifar10 "
-            f"--model {model} --pretrained)",
+            f"--model {name} --pretrained)",
         ),
         **kwargs,
     )
