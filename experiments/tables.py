@@ -170,7 +170,7 @@ def draw_time(runs: Sequence[Run], results: Path, speeds: Mapping[str, Mapping[s
         axes.annotate(row, (minutes, mean(values)), xytext=(6, 3), textcoords="offset points", fontsize=8)
     axes.set(xlabel="training (minutes, one thread)", ylabel="top-1 accuracy (%)")
     axes.grid(alpha=0.3)
-    axes.margins(0.12)  # room for the names
+    axes.margins(x=0.2, y=0.12)  # room for the names
     return figure
 
 

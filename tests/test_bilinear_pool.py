@@ -8,6 +8,7 @@ import timm
 import torch
 from torch import nn
 
+from tests.versions import BEFORE_TORCH_2_6, skip_before_torch_2_6
 from timm_gsop import BilinearPool2d, CompactBilinearPool2d
 from timm_gsop.layers import bilinear_pool, compact_bilinear_pool
 from timm_gsop.layers.bilinear_pool import signed_sqrt_normalize
@@ -186,7 +187,7 @@ def test_script_trace_and_fx(kind, tmp_path):
 
 @every_pool
 def test_export(kind):
-    if "compact" in kind and torch.__version__ < (2, 6):
+    if "compact" in kind and BEFORE_TORCH_2_6:
         pytest.skip("PyTorch 2.5 cannot export a Fourier transform of a free shape")
     pool = with_statistics(kind)
     x, other = torch.randn(2, 6, 5, 5), torch.randn(3, 6, 7, 4)
@@ -195,7 +196,7 @@ def test_export(kind):
     torch.testing.assert_close(program.module()(other), pool(other))
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 6), reason="PyTorch's exporter is older than this way to ask")
+@skip_before_torch_2_6(reason="PyTorch's exporter is older than this way to ask")
 @pytest.mark.parametrize("kind", ["bilinear reduced", "compact"])
 def test_onnx(kind, tmp_path):
     """The Fourier transform included, of a power of two as by default; the batch is free."""

@@ -5,18 +5,16 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
-import torch
 import yaml
 
 import timm_gsop
+from tests.fresh_process import run_fresh
+from tests.versions import BEFORE_TORCH_2_6
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,31 +22,6 @@ GUIDES = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "hub/README.md", ROOT / "trai
 README = PAGES[0].read_text(encoding="utf-8")
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-
-# Runs each program named on its input, in the folder that it is in, in a process of its own. The processes are forks of
-# one that has imported torch and nothing else of use, because that takes longer than most examples.
-RUNNER = """
-import os, sys, traceback
-import torch, torchvision
-for line in sys.stdin:
-    program = line.strip()
-    child = os.fork()
-    if child == 0:
-        os.chdir(os.path.dirname(program))
-        out = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        code = 1
-        try:
-            exec(compile(open(program).read(), program, "exec"), {"__name__": "__main__"})
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 
 # Writes the usage of commands, in one process as well.
 USAGES = """
@@ -68,22 +41,13 @@ with open(RESULT, "w") as file:
 """
 
 
-@pytest.fixture(scope="module")
-def run_program() -> Iterator[Callable[[Path, str], str]]:
+def run_program(folder: Path, code: str) -> str:
     """Run a program in a folder; its output, if it succeeds."""
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen([sys.executable, "-c", RUNNER], env=ENV, **pipes) as runner:
-
-        def run(folder: Path, code: str) -> str:
-            (folder / "program.py").write_text(code, encoding="utf-8")
-            print(folder / "program.py", file=runner.stdin, flush=True)
-            exit_code = runner.stdout.readline().strip()
-            output = (folder / "output.txt").read_text(encoding="utf-8")
-            assert exit_code == "0", output[-3000:]
-            return output
-
-        yield run
-        runner.stdin.close()
+    program = folder / "program.py"
+    program.write_text(code, encoding="utf-8")
+    done = run_fresh(program, env=ENV, cwd=folder)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
 
 
 def fences(page: Path, *languages: str) -> list[tuple[str, str]]:
@@ -112,7 +76,7 @@ def python_commands(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if fences(p, "python")], ids=lambda p: p.name)
-def test_python_examples_run_as_pasted(page, tmp_path, run_program):
+def test_python_examples_run_as_pasted(page, tmp_path):
     """In order, in a process of their own, in a folder that has only the files of this repository that they name.
 
     Those marked ``network`` run without their download.
@@ -121,7 +85,7 @@ def test_python_examples_run_as_pasted(page, tmp_path, run_program):
         text.replace("pretrained=True", "pretrained=False") if "network" in info else text
         for info, text in fences(page, "python")
     ]
-    if page.name == "export.md" and torch.__version__ < (2, 6):
+    if page.name == "export.md" and BEFORE_TORCH_2_6:
         pytest.skip("PyTorch's exporters are older than these ways to ask")
     code = "\n".join(blocks)
     for name in re.findall(r'"((?:docs|examples)/[^"]+)"', code):
@@ -151,7 +115,7 @@ def test_make_targets_exist():
     assert {"quickstart", "test", "docs"} <= shown <= set(targets)
 
 
-def test_shown_commands_have_their_options(tmp_path, run_program):
+def test_shown_commands_have_their_options(tmp_path):
     """Our own commands' options are in their usage, those of timm's train.py in the list of its options."""
     train_options = set(yaml.safe_load((ROOT / "tests/data/train_options.yaml").read_text()))
     ours: dict[str, set[str]] = {}
@@ -171,7 +135,7 @@ def test_shown_commands_have_their_options(tmp_path, run_program):
             ours.setdefault(command, set()).update(options)
     assert "timm_gsop.viz curves" in ours
     assert "hub/publish.py" in ours
-    if torch.__version__ < (2, 6):  # which today's torchao needs
+    if BEFORE_TORCH_2_6:  # which today's torchao needs
         del ours["examples/quantize_int8.py"]
     result = tmp_path / "usages.json"
     run_program(tmp_path, f"ROOT, COMMANDS, RESULT = {str(ROOT)!r}, {list(ours)!r}, {str(result)!r}\n{USAGES}")

@@ -6,9 +6,9 @@ import timm
 import torch
 from torch import nn
 
-pytestmark = pytest.mark.skipif(
-    torch.__version__ < (2, 6), reason="PyTorch's exporters are older than these ways to ask"
-)
+from tests.versions import skip_before_torch_2_6
+
+pytestmark = skip_before_torch_2_6(reason="PyTorch's exporters are older than these ways to ask")
 
 NARROW = dict(channels=(16, 32, 48, 64), cov_dim=8, isqrt_dim=6, num_classes=5, spatial_size=3)
 VARIANTS = {

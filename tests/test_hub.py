@@ -19,6 +19,7 @@ from tests.fresh_process import run_fresh
 from tests.hub_server import TOKEN, HubServer
 from tests.test_conversion import NARROW, in_their_names, isqrt_resnet, randomize, vanilla_resnet
 from tests.test_zoo import SMALL_BASES
+from tests.versions import skip_before_torch_2_6
 from timm_gsop.hub.hub_folder import save_hub_folder
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +134,7 @@ def test_publish_load_cache_and_offline(hub, env, tmp_path):
         assert "Connect to the network and try again, or pass a copy" in last
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 6), reason="transformers needs a newer PyTorch")
+@skip_before_torch_2_6(reason="transformers needs a newer PyTorch")
 def test_transformers_loads_what_was_published(hub, env, tmp_path):
     model = model_of()
     save_hub_folder(model, tmp_path / "folder")

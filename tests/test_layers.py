@@ -10,6 +10,7 @@ from torch import nn
 import timm_gsop.layers
 from tests.layers import CHANNELS, HEADS, LAYERS, randomize
 from tests.tolerances import TOLERANCES, gradient_error, output_error
+from tests.versions import skip_before_torch_2_6
 from timm_gsop.layers import Gsop, GsopBlock
 
 every_layer = pytest.mark.parametrize("name", LAYERS)
@@ -128,7 +129,7 @@ def exported(layer: nn.Module, x: torch.Tensor) -> nn.Module:
         pytest.param(scripted, marks=pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")),
         pytest.param(traced, marks=pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")),
         traced_by_fx,
-        pytest.param(exported, marks=pytest.mark.skipif(torch.__version__ < (2, 6), reason="an older exporter")),
+        pytest.param(exported, marks=skip_before_torch_2_6(reason="an older exporter")),
     ],
 )
 def test_every_way_to_run_it_agrees(name, way):

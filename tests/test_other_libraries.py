@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from tests.test_modes import NARROW, NETWORKS
+from tests.versions import skip_before_torch_2_6
 
-today = pytest.mark.skipif(torch.__version__ < (2, 6), reason="today's PEFT and torchao need PyTorch 2.6")
+today = skip_before_torch_2_6(reason="today's PEFT and torchao need PyTorch 2.6")
 VARIANTS = ["net1", "net2", "position", "concat", "official", "preresnet"]
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from tests import test_hub, test_timm_scripts
 from tests.hub_server import HubServer
 from tests.test_timm_suite import _load_timm_tests
+from tests.versions import skip_before_torch_2_6
 from timm_gsop import GsopBlock
 from timm_gsop.hub.hub_folder import check_hub_folder, save_hub_folder
 from timm_gsop.hub.model_card import model_card
@@ -405,7 +406,7 @@ def serve_backbone(hub: HubServer, name: str, folder: Path) -> nn.Module:
     return backbone
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 6), reason="transformers needs a newer PyTorch")
+@skip_before_torch_2_6(reason="transformers needs a newer PyTorch")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", *TOKENS[:1]])
 def test_from_the_hub_to_the_hub(name, hub, env, tmp_path):
