@@ -149,27 +149,29 @@ def about(result: Mapping[str, Any]) -> str:
     return f"{device}; {versions}; batch {result['batch']}."
 
 
-def fashion_mnist_runs() -> dict[str, dict[int, float]]:
-    """Top-1 (%) of each recipe's runs by their seeds: the last epoch's, so that no test image chose it."""
-    found: dict[str, dict[int, float]] = {}
+def fashion_mnist_runs(folder: str) -> dict[str, list[float]]:
+    """Top-1 (%) of each recipe's runs, by seed: the last epoch's, so that no test image chose it."""
+    found = {}
     for recipe in FASHION_MNIST:
-        paths = {int(path.stem.rpartition("-")[2]): path for path in RESULTS.glob(f"fashion_mnist/{recipe}-*.csv")}
-        found[recipe] = {seed: read_summary(paths[seed])["eval_top1"][-1] for seed in sorted(paths)}
+        paths = sorted(RESULTS.glob(f"{folder}/{recipe}-?.csv"))
+        found[recipe] = [read_summary(path)["eval_top1"][-1] for path in paths]
     return found
 
 
 def fashion_mnist_table() -> str:
     """Every run, mean and spread."""
     (steps,) = load("fashion_mnist/step_times")["rows"]
-    columns = ["network", "parameters (M)", "MMACs", "training step", "top-1 (%) of each seed", "mean", "spread"]
+    now, before = fashion_mnist_runs("fashion_mnist"), fashion_mnist_runs("fashion_mnist/xeon_amx")
+    price = ["parameters (M)", "MMACs", "training step"]
+    columns = ["network", *price, "top-1 (%) of each seed", "trained before", "mean of all", "spread of all"]
     lines = []
-    for recipe, runs in fashion_mnist_runs().items():
-        cost, top1 = steps["costs"][recipe], list(runs.values())
-        link = f"[{FASHION_MNIST[recipe]}](../train_configs/fashion_mnist/{recipe}.yaml)"
+    for recipe, name in FASHION_MNIST.items():
+        cost, runs = steps["costs"][recipe], now[recipe] + before[recipe]
+        link = f"[{name}](../train_configs/fashion_mnist/{recipe}.yaml)"
         price = [f"{cost['params'] / 1e6:.3f}", f"{cost['macs'] / 1e6:.1f}"]
         step = f"{steps['alternatives'][recipe]['ratio']:.1f}×"
-        each = ", ".join(f"{value:.2f}" for value in top1)
-        lines.append([link, *price, step, each, f"{mean(top1):.2f}", f"{max(top1) - min(top1):.2f}"])
+        each = (", ".join(f"{value:.2f}" for value in top1[recipe]) for top1 in (now, before))
+        lines.append([link, *price, step, *each, f"{mean(runs):.2f}", f"{max(runs) - min(runs):.2f}"])
     return table(columns, lines)
 
 
