@@ -162,8 +162,8 @@ def fashion_mnist_table() -> str:
     """Every run, mean and spread."""
     (steps,) = load("fashion_mnist/step_times")["rows"]
     now, before = fashion_mnist_runs("fashion_mnist"), fashion_mnist_runs("fashion_mnist/xeon_amx")
-    price = ["parameters (M)", "MMACs", "training step"]
-    columns = ["network", *price, "top-1 (%) of each seed", "trained before", "mean of all", "spread of all"]
+    columns = ["network", "parameters (M)", "MMACs", "training step"]
+    columns += ["top-1 (%) of each seed", "trained before", "mean of all", "spread of all"]
     lines = []
     for recipe, name in FASHION_MNIST.items():
         cost, runs = steps["costs"][recipe], now[recipe] + before[recipe]
