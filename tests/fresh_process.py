@@ -37,7 +37,7 @@ for line in sys.stdin:
         os.environ.clear()
         os.environ.update(job["env"])
         os.chdir(job["cwd"])
-        if "OMP_NUM_THREADS" in os.environ:
+        if "OMP_NUM_THREADS" in os.environ:  # torch was imported under another environment
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         sys.path[1:1] = filter(None, job["env"].get("PYTHONPATH", "").split(os.pathsep))
         code = 1

@@ -23,7 +23,7 @@ README = PAGES[0].read_text(encoding="utf-8")
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
-# Writes the usage of commands, in one process as well.
+# Writes the usage of commands, in one process: they import the same libraries.
 USAGES = """
 import contextlib, io, json, os, runpy, sys
 os.chdir(ROOT)
@@ -42,12 +42,13 @@ with open(RESULT, "w") as file:
 
 
 def run_program(folder: Path, code: str) -> str:
-    """Run a program in a folder; its output, if it succeeds."""
+    """Run a program in a folder; its output, warnings first, if it succeeds."""
     program = folder / "program.py"
     program.write_text(code, encoding="utf-8")
     done = run_fresh(program, env=ENV, cwd=folder)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return done.stdout
+    output = done.stderr + done.stdout
+    assert done.returncode == 0, output[-3000:]
+    return output
 
 
 def fences(page: Path, *languages: str) -> list[tuple[str, str]]:
