@@ -172,9 +172,7 @@ def status(runs: Sequence[Run], folders: Folders, jobs: int) -> str:
     return f"{len(runs) - len(left)} of {len(runs)} runs finished, about {hours:.1f} hours left"
 
 
-def run_all(
-    runs: Sequence[Run], folders: Folders, jobs: int, device: str, threads: int, poll: float = 2.0
-) -> list[str]:
+def run_all(runs: Sequence[Run], folders: Folders, jobs: int, device: str, threads: int) -> list[str]:
     """Run what is left, and return the names of the runs that failed."""
     left = [run for run in runs if not has_finished(run, folders)]
     running: list[Job] = []

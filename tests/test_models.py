@@ -7,6 +7,7 @@ import torch
 from timm.models.resnet import Bottleneck, ResNet
 
 from benchmarks.cost import measure
+from tests.checkpointing import check_grad_checkpointing_changes_nothing
 from timm_gsop.layers import FLAVORS, GSOP_TYPES, ChannelGsop, GsopBlock, IsqrtCovPool2d, MpnCovPool2d
 
 ALL_MODELS = timm.list_models(module=["gsop_resnet", "gsop_preresnet", "gsop_zoo"])
@@ -167,16 +168,7 @@ def test_a_training_step_reaches_every_parameter(name):
 
 @small_models
 def test_grad_checkpointing_changes_nothing(name):
-    model = create(name, drop_rate=0.0, isqrt_drop=0.0).train()
-    x = image(name)
-    gradients = []
-    for enable in (False, True):
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        model(x).sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, checkpointed)
+    check_grad_checkpointing_changes_nothing(create(name), image(name))
 
 
 @small_models

@@ -322,7 +322,7 @@ SHIPPED = [f"gsop_preresnet20_net{n}.{tag}" for n in (1, 2) for tag in ("cifar10
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_files_are_what_the_package_says(name, tmp_path):
+def test_shipped_files_are_what_the_package_says(name):
     """``sha256sum -c SHA256SUMS`` says the same."""
     path = Path(shipped(name))
     assert known_digest(path) == sha256_of(path)
