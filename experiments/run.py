@@ -315,8 +315,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--timm-scripts {args.timm_scripts} has no train.py; it is in timm's repository, not in its wheel"
         )
     if args.measure:
-        if any(folders.results.rglob("*.csv")):
-            parser.error(f"{args.results} has results already; measure before the first run, not after it")
+        if finished := [run.name for run in runs if top1(run, folders.results) is not None]:
+            parser.error(
+                f"{', '.join(finished)} finished already; measure before the first run, or --only other groups"
+            )
         measure(runs, folders, args.jobs, args.device, args.threads, measured_beside(args.plan))
     elif failed := run_all(runs, folders, args.jobs, args.device, args.threads):
         sys.exit(f"failed, see log.txt in {folders.output}: {', '.join(failed)}")

@@ -1,6 +1,7 @@
 """The plan of the experiments and the command that runs what is left of it, also after a kill."""
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -258,6 +259,24 @@ def test_speed_is_read_after_the_compiler_is_done():
     log = [line.format(i=i, s=60.0 if i == 0 else 0.5, r=2.0 if i == 0 else 256.0) for i in range(9)]
     log += [f"Test: [{i:>4d}/19]  Time: {3.0 if i == 0 else 0.25:.3f} (0.400)  Loss: 1.0" for i in range(20)]
     assert speed_in("\n".join(log), 500) == dict(train=256.0, test=2000.0)
+
+
+def test_groups_are_measured_before_their_first_run(stand_in, tmp_path, run_here):
+    """And keep what was measured of other groups."""
+    plan = make_plan(tmp_path, a=group(dict(one={}), epochs=1), b=group(dict(two={}), epochs=1))
+    for split, count in (("train", 512), ("validation", 1000)):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / "data" / split / f"{i}.png").touch()
+    batch = load_plan(plan)[0].settings["validation_batch_size"]
+    speed = dict(train=256.0, test=4.0 * batch, epoch=round(512 / 256 + 1000 / (4 * batch), 1))
+    run_here(plan, stand_in, "--measure", "--only", "a")
+    run_here(plan, stand_in, "--only", "a")
+    with pytest.raises(SystemExit):
+        run_here(plan, stand_in, "--measure")
+    run_here(plan, stand_in, "--measure", "--only", "b")
+    assert json.loads((tmp_path / "plan.measured.json").read_text()) == {"a/one": speed, "b/two": speed}
+    assert [run.seconds for run in load_plan(plan)] == [speed["epoch"]] * 2
 
 
 @pytest.mark.slow
