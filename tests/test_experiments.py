@@ -261,7 +261,7 @@ def test_speed_is_read_after_the_compiler_is_done():
     assert speed_in("\n".join(log), 500) == dict(train=256.0, test=2000.0)
 
 
-def test_groups_are_measured_before_their_first_run(stand_in, tmp_path, run_here):
+def test_groups_are_measured_before_their_first_run(stand_in, tmp_path, run_here, capsys):
     """And keep what was measured of other groups."""
     plan = make_plan(tmp_path, a=group(dict(one={}), epochs=1), b=group(dict(two={}), epochs=1))
     for split, count in (("train", 512), ("validation", 1000)):
@@ -274,6 +274,7 @@ def test_groups_are_measured_before_their_first_run(stand_in, tmp_path, run_here
     run_here(plan, stand_in, "--only", "a")
     with pytest.raises(SystemExit):
         run_here(plan, stand_in, "--measure")
+    assert "a/one-0 finished already" in capsys.readouterr().err
     run_here(plan, stand_in, "--measure", "--only", "b")
     assert json.loads((tmp_path / "plan.measured.json").read_text()) == {"a/one": speed, "b/two": speed}
     assert [run.seconds for run in load_plan(plan)] == [speed["epoch"]] * 2
