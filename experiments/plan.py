@@ -14,8 +14,8 @@ from train_configs.recipes import after
 FOLDER = Path(__file__).parent
 PLAN, RESULTS = FOLDER / "plan.yaml", FOLDER / "results"
 CONFIGS = FOLDER.parent / "train_configs"
-ROW_KEYS = {"recipe", "epochs", "seeds", "seconds", "options", "same_time_as"}
-GROUP_KEYS = ROW_KEYS - {"same_time_as"} | {"what", "rows", "milestones", "lrs", "lr_from", "references"}
+ROW_KEYS = {"recipe", "epochs", "seeds", "seconds", "options", "lrs", "same_time_as"}
+GROUP_KEYS = ROW_KEYS - {"same_time_as"} | {"what", "rows", "milestones", "lr_from", "references"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _runs(name: str, group: dict[str, Any], times: dict[str, Any], groups: dict[
         if unknown := set(own or {}) - ROW_KEYS:
             raise ValueError(f"row {name}/{row} has {sorted(unknown)}; accepted: {sorted(ROW_KEYS)}.")
         rows[row] = {"seeds": 1, **group, **(own or {}), "options": _merge(group, own or {})}
-        first = f"_lr{group['lrs'][0]}" if "lrs" in group else ""
+        first = f"_lr{rows[row]['lrs'][0]}" if "lrs" in rows[row] else ""
         rows[row]["seconds"] = times.get(f"{name}/{row}{first}", {}).get("epoch", rows[row]["seconds"])
         if not (CONFIGS / f"{rows[row]['recipe']}.yaml").exists():
             raise ValueError(f"recipe={rows[row]['recipe']!r} of {name}/{row} is not a file of train_configs.")
@@ -114,7 +114,7 @@ def _runs(name: str, group: dict[str, Any], times: dict[str, Any], groups: dict[
                 if not lr_from:
                     raise ValueError(f"lr_from={group['lr_from']!r} has no runs for {name}/{row_name}.")
             common = (seed, row["recipe"], epochs, row["seconds"])
-            for lr in group.get("lrs", [None]):
+            for lr in row.get("lrs", [None]):
                 if lr is None:
                     yield Run(name, row_name, *common, options, lr_from)
                 else:

@@ -320,7 +320,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{', '.join(finished)} finished already; measure before the first run, or --only other groups"
             )
         measure(runs, folders, args.jobs, args.device, args.threads, measured_beside(args.plan))
-    elif failed := run_all(runs, folders, args.jobs, args.device, args.threads):
+        return
+    for run in runs:
+        unknown = [other.name for other in run.lr_from if other not in runs and not has_finished(other, folders)]
+        if unknown:
+            parser.error(f"{run.name} needs {', '.join(unknown)}, to know its learning rate; add them to --only")
+    if failed := run_all(runs, folders, args.jobs, args.device, args.threads):
         sys.exit(f"failed, see log.txt in {folders.output}: {', '.join(failed)}")
 
 

@@ -120,14 +120,19 @@ def table(
 def search_table(runs: Sequence[Run], results: Path = RESULTS) -> list[str]:
     """A search for learning rates as a table in Markdown: validation accuracy of each, the best in bold."""
     rows: dict[str, dict[float, float]] = {}
+    to_come: dict[str, set[float]] = {}
     for run in runs:
+        row, rate = run.row.rpartition("_lr")[0], run.options["lr"]
         if (accuracy := top1(run, results)) is not None:
-            rows.setdefault(run.row.rpartition("_lr")[0], {})[run.options["lr"]] = accuracy
+            rows.setdefault(row, {})[rate] = accuracy
+        else:
+            to_come.setdefault(row, set()).add(rate)
     rates = sorted({run.options["lr"] for run in runs})
     lines = []
     for row, found in rows.items():
         best = max((accuracy, rate) for rate, accuracy in found.items())[1]
-        cells = [f"{found[rate]:.2f}" if rate in found else "to come" for rate in rates]
+        missing = dict.fromkeys(to_come.get(row, ()), "to come")
+        cells = [f"{found[rate]:.2f}" if rate in found else missing.get(rate, "–") for rate in rates]
         lines.append([row, *[f"**{cell}**" if rate == best else cell for rate, cell in zip(rates, cells, strict=True)]])
     return markdown_table(["row", *[f"lr {rate:g}" for rate in rates]], lines).splitlines()
 

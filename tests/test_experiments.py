@@ -188,6 +188,18 @@ def test_the_learning_rate_is_the_best_of_the_search(stand_in, tmp_path, run_her
     assert yaml.safe_load((tmp_path / "results/final/head-0.yaml").read_text())["lr"] == 0.01
 
 
+def test_a_run_without_its_search_is_refused(stand_in, tmp_path, run_here, capsys):
+    """It would wait for ever."""
+    search = group(dict(head={}), lrs=[0.1, 0.01], epochs=1)
+    plan = make_plan(tmp_path, search=search, final=group(dict(head={}), lr_from="search", epochs=1))
+    run_here(plan, stand_in, "--only", "search/head_lr0.1")
+    with pytest.raises(SystemExit):
+        run_here(plan, stand_in, "--only", "final")
+    assert "final/head-0 needs search/head_lr0.01-0, to know its learning rate" in capsys.readouterr().err
+    run_here(plan, stand_in, "--only", "search/head_lr0.01")
+    assert "finished final/head-0" in run_here(plan, stand_in, "--only", "final")
+
+
 def test_another_number_of_epochs_is_refused(stand_in, tmp_path, run_here):
     """It would be another schedule."""
     run_here(make_plan(tmp_path, a=group(dict(one={}), epochs=1)), stand_in)
@@ -223,14 +235,15 @@ def test_tables_have_what_is_finished(tmp_path):
 
 
 def test_the_table_of_a_search_has_the_rate_that_is_chosen_in_bold(tmp_path):
-    runs = load_plan(make_plan(tmp_path, a=group(dict(avg={}, isqrt={}), epochs=1, lrs=[0.01, 0.03])))
+    rows = dict(avg={}, isqrt=dict(lrs=[0.01, 0.03, 0.1]))
+    runs = load_plan(make_plan(tmp_path, a=group(rows, epochs=1, lrs=[0.01, 0.03])))
     (tmp_path / "a").mkdir()
-    for name, accuracy in {"avg_lr0.01": 70.0, "avg_lr0.03": 70.0, "isqrt_lr0.01": 60.0}.items():
+    for name, accuracy in {"avg_lr0.01": 70.0, "avg_lr0.03": 70.0, "isqrt_lr0.01": 60.0, "isqrt_lr0.1": 50.0}.items():
         (tmp_path / f"a/{name}-0.csv").write_text(f"epoch,eval_top1\n0,{accuracy}\n")
     head, _, avg, isqrt = search_table(runs, tmp_path)
-    assert head == "| row | lr 0.01 | lr 0.03 |"
-    assert avg == "| avg | 70.00 | **70.00** |"
-    assert isqrt == "| isqrt | **60.00** | to come |"
+    assert head == "| row | lr 0.01 | lr 0.03 | lr 0.1 |"
+    assert avg == "| avg | 70.00 | **70.00** | – |"
+    assert isqrt == "| isqrt | **60.00** | to come | 50.00 |"
     assert chosen_lr(replace(runs[0], lr_from=tuple(runs[:2])), tmp_path) == 0.03
 
 
