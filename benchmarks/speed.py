@@ -59,6 +59,7 @@ AGAINST = {  # public layers and models: name, arguments, shape of the input
         *((f"{kind}Gsop", (1024,), (1024, 14, 14)) for kind in ("Channel", "Position", "Fused")),
         ("FusedGsop", (1024, "concat"), (1024, 14, 14)),
         *((f"{kind}CovPool2d", (2048,), (2048, 14, 14)) for kind in ("Isqrt", "Mpn")),
+        ("IsqrtCovPool2d", (2048,), (2048, 7, 7)),
     ],
     "networks": [("gsop_resnet50_net1", (), (3, 224, 224)), ("gsop_resnet50_net2", (), (3, 224, 224))],
 }

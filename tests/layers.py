@@ -34,6 +34,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
 }
 HEADS: dict[str, Callable[..., nn.Module]] = {
     "isqrt": lambda **dd: IsqrtCovPool2d(CHANNELS, 8, **dd),
+    "isqrt of few positions": lambda **dd: IsqrtCovPool2d(CHANNELS, 128, **dd),
     "isqrt official": lambda **dd: OfficialIsqrtCovPool2d(CHANNELS, 8, **dd),
     "mpn": lambda **dd: MpnCovPool2d(CHANNELS, 8, **dd),
     "bilinear": lambda **dd: BilinearPool2d(CHANNELS, 8, **dd),

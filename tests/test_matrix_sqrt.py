@@ -5,8 +5,10 @@ from hypothesis import strategies as st
 
 from tests.oracles import eigh_function, random_covariance, sqrt_gradient, truncated_sqrt
 from timm_gsop import eigh_power, newton_schulz_sqrt
+from timm_gsop.layers.matrix_sqrt import newton_schulz_inverse_sqrt
 
 ROOTS = [newton_schulz_sqrt, eigh_power]
+newton_schulz = pytest.mark.parametrize("function", [newton_schulz_sqrt, newton_schulz_inverse_sqrt])
 
 
 @given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 8))
@@ -37,19 +39,34 @@ def test_newton_schulz_and_its_gradient_reach_the_exact_ones():
     assert errors[2] < 1e-9
 
 
-@pytest.mark.parametrize("num_iters", [1, 2, 3, 5])
-def test_newton_schulz_gradients(num_iters):
-    cov = random_covariance(2, 4).requires_grad_()
-    assert torch.autograd.gradcheck(lambda c: newton_schulz_sqrt(c, num_iters), cov)
-    assert torch.autograd.gradgradcheck(lambda c: newton_schulz_sqrt(c, num_iters), cov)
-
-
 @pytest.mark.parametrize("num_iters", [1, 2, 3, 4, 5, 8])
-def test_newton_schulz_without_gradients_is_the_same(num_iters):
+def test_the_inverse_root_is_the_other_half_of_the_iteration(num_iters):
+    cov = random_covariance(2, 12)
+    torch.testing.assert_close(cov @ newton_schulz_inverse_sqrt(cov, num_iters), truncated_sqrt(cov, num_iters))
+
+
+def test_the_inverse_root_of_zero_is_zero():
+    cov = torch.zeros(1, 3, 3, requires_grad=True)
+    root = newton_schulz_inverse_sqrt(cov)
+    root.sum().backward()
+    assert root.count_nonzero() == cov.grad.count_nonzero() == 0
+
+
+@newton_schulz
+@pytest.mark.parametrize("num_iters", [1, 2, 3, 5])
+def test_newton_schulz_gradients(function, num_iters):
+    cov = random_covariance(2, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda c: function(c, num_iters), cov)
+    assert torch.autograd.gradgradcheck(lambda c: function(c, num_iters), cov)
+
+
+@newton_schulz
+@pytest.mark.parametrize("num_iters", [1, 2, 3, 4, 5, 8])
+def test_newton_schulz_without_gradients_is_the_same(function, num_iters):
     cov = random_covariance(2, 12).requires_grad_()
     with torch.no_grad():
-        root = newton_schulz_sqrt(cov, num_iters)
-    torch.testing.assert_close(root, newton_schulz_sqrt(cov, num_iters), rtol=1e-12, atol=1e-12)
+        root = function(cov, num_iters)
+    torch.testing.assert_close(root, function(cov, num_iters), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("num_iters", [1, 3, 5])

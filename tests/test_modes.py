@@ -14,7 +14,14 @@ from torch.optim.swa_utils import update_bn
 from tests.layers import CHANNELS, LAYERS
 from tests.oracles import random_covariance
 from tests.tolerances import TOLERANCES, gradient_error, output_error
-from timm_gsop.layers import bilinear_pool, covariance_pool, eigh_power, newton_schulz_sqrt, position_covariance
+from timm_gsop.layers import (
+    bilinear_pool,
+    covariance_pool,
+    covariance_sqrt,
+    eigh_power,
+    newton_schulz_sqrt,
+    position_covariance,
+)
 from timm_gsop.layers.gsop import Maximum
 from timm_gsop.layers.official import official_position_covariance
 
@@ -31,6 +38,7 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "position_covariance": position_covariance,
     "official_position_covariance": official_position_covariance,
     **{f"newton_schulz_sqrt, {n}": lambda x, n=n: newton_schulz_sqrt(covariance_pool(x), n) for n in (1, 3, 5)},
+    "covariance_sqrt, few positions": lambda x: covariance_sqrt(x.flatten(2).transpose(1, 2)),
     "eigh_power": lambda x: eigh_power(covariance_pool(x), 0.5),
     "bilinear_pool": bilinear_pool,
 }

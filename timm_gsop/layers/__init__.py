@@ -3,6 +3,7 @@
 from timm_gsop.layers.bilinear_pool import BilinearPool2d, CompactBilinearPool2d, bilinear_pool, compact_bilinear_pool
 from timm_gsop.layers.cov_pool import IsqrtCovPool2d, MpnCovPool2d
 from timm_gsop.layers.covariance import covariance_pool, position_covariance, triu_vectorize
+from timm_gsop.layers.covariance_sqrt import covariance_sqrt
 from timm_gsop.layers.factory import FLAVORS, GSOP_TYPES, check_gsop, create_gsop
 from timm_gsop.layers.gsop import ChannelGsop, CovarianceExcitation, FusedGsop, Gsop, GsopBlock, PositionGsop
 from timm_gsop.layers.half_gate import NEUTRAL_SCALE, start_at_half
@@ -39,6 +40,7 @@ __all__ = [
     "check_second_order_pool",
     "compact_bilinear_pool",
     "covariance_pool",
+    "covariance_sqrt",
     "create_gsop",
     "create_second_order_pool",
     "eigh_power",

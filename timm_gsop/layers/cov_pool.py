@@ -6,12 +6,13 @@ from torch import nn
 from timm_gsop.checks import check_ndim, check_positive_int
 from timm_gsop.layers.channel_reduction import ChannelReduction
 from timm_gsop.layers.covariance import covariance_pool, triu_vectorize
+from timm_gsop.layers.covariance_sqrt import covariance_sqrt
 from timm_gsop.layers.matrix_sqrt import eigh_power, newton_schulz_sqrt
 
 __all__ = ["IsqrtCovPool2d", "MpnCovPool2d"]
 
 # Leaves in torch.fx's graphs: within a trace, shapes are no numbers that they could test.
-for _leaf in ("check_ndim", "covariance_pool", "eigh_power", "newton_schulz_sqrt", "triu_vectorize"):
+for _leaf in ("check_ndim", "covariance_pool", "covariance_sqrt", "eigh_power", "newton_schulz_sqrt", "triu_vectorize"):
     torch.fx.wrap(_leaf)
 
 
@@ -43,6 +44,10 @@ class _CovPool2d(nn.Module):
         """Matrix power of the covariance, (B, dim, dim)."""
         raise NotImplementedError
 
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalized covariance, (B, C, H, W) to (B, dim, dim)."""
+        return self.normalize(self.squeeze(x))
+
     def vectorize(self, mat: torch.Tensor) -> torch.Tensor:
         """Triangle of the symmetric matrix, (B, dim, dim) to (B, dim·(dim+1)/2), in the order that the weights have."""
         return triu_vectorize(mat)
@@ -51,7 +56,7 @@ class _CovPool2d(nn.Module):
         """Pool (B, C, H, W) to (B, dim·(dim+1)/2), in the dtype of the weights."""
         if not torch.jit.is_scripting():
             check_ndim("input", x, (4,), "(B, C, H, W)")
-        vectors = self.vectorize(self.normalize(self.squeeze(x)))
+        vectors = self.vectorize(self.pool(x))
         return vectors.to(self.reduction.conv.weight.dtype)
 
 
@@ -90,6 +95,10 @@ class IsqrtCovPool2d(_CovPool2d):
     def normalize(self, cov: torch.Tensor) -> torch.Tensor:
         """Approximate square root, (B, dim, dim)."""
         return newton_schulz_sqrt(cov, self.num_iters)
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Approximate square root of the covariance; on small maps without computing the covariance."""
+        return covariance_sqrt(self.reduction(x), self.num_iters)
 
 
 class MpnCovPool2d(_CovPool2d):

@@ -42,11 +42,11 @@ def covariance_pool(x: torch.Tensor) -> torch.Tensor:
 
 
 def _covariance(x: torch.Tensor) -> torch.Tensor:
-    x = _centre(x)
+    x = centre(x)
     return torch.bmm(x, x.transpose(1, 2)) / x.shape[2]
 
 
-def _centre(x: torch.Tensor) -> torch.Tensor:
+def centre(x: torch.Tensor) -> torch.Tensor:
     """Subtract the mean before any product: E[xx'] - mm' would cancel where the mean is large beside the spread."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x - x.mean(dim=2, keepdim=True, dtype=dtype)  # a half-precision x becomes float32 on the way, uncopied
@@ -54,7 +54,7 @@ def _centre(x: torch.Tensor) -> torch.Tensor:
 
 def _covariance_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     grad = (grad + grad.transpose(1, 2)) / x.shape[2]
-    centred = _centre(x)
+    centred = centre(x)
     # Channels last: so is the gradient then. The compiler decides about layouts itself.
     if not torch.compiler.is_compiling() and x.stride(1) == 1:
         return torch.bmm(centred.transpose(1, 2), grad).transpose(1, 2).to(x.dtype)

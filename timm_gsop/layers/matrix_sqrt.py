@@ -8,7 +8,7 @@ from timm_gsop.checks import check_positive, check_positive_int, check_square
 from timm_gsop.layers.gradients import evaluate, without_autocast
 from timm_gsop.layers.precision import at_least_float32
 
-__all__ = ["eigh_power", "newton_schulz_sqrt"]
+__all__ = ["eigh_power", "newton_schulz_inverse_sqrt", "newton_schulz_sqrt"]
 
 
 def newton_schulz_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
@@ -42,10 +42,38 @@ def newton_schulz_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
         return _newton_schulz(at_least_float32(cov), num_iters)
     check_square("cov", cov)
     check_positive_int("num_iters", num_iters)
-    return evaluate(_NewtonSchulzSqrt, _newton_schulz, at_least_float32(cov), num_iters)
+    return evaluate(_NewtonSchulz, _newton_schulz, at_least_float32(cov), num_iters, False)
 
 
-def _newton_schulz(cov: torch.Tensor, num_iters: int) -> torch.Tensor:
+def newton_schulz_inverse_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
+    r"""Approximate inverse square root by Newton–Schulz iterations, :math:`Z_N / \sqrt{\mathrm{tr} \Sigma}`.
+
+    It is the other half of the iteration of :func:`newton_schulz_sqrt`: Σ times it is what that function returns.
+
+    Args:
+        cov: Symmetric positive semi-definite matrices, (B, C, C), of which the symmetric part is read. A zero matrix
+            gives zeros, and zero gradients.
+        num_iters: Number of iterations N.
+
+    Returns:
+        (B, C, C), in float32, or in float64 if ``cov`` is. Autocast has no effect; PyTorch's TF32 setting has.
+
+    Raises:
+        ValueError: If ``cov`` is not a batch of square matrices, or ``num_iters`` < 1.
+
+    Examples:
+        >>> cov = torch.diag(torch.tensor([4.0, 1.0]))[None]
+        >>> torch.allclose(newton_schulz_inverse_sqrt(cov, num_iters=20), torch.diag(torch.tensor([0.5, 1.0])))
+        True
+    """
+    if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
+        return _newton_schulz(at_least_float32(cov), num_iters, inverse=True)
+    check_square("cov", cov)
+    check_positive_int("num_iters", num_iters)
+    return evaluate(_NewtonSchulz, _newton_schulz, at_least_float32(cov), num_iters, True)
+
+
+def _newton_schulz(cov: torch.Tensor, num_iters: int, inverse: bool = False) -> torch.Tensor:
     """Two steps at a time: ten products for five steps, where one at a time takes twelve."""
     a, trace, is_zero = _normalize(cov)
     y, z, p = a, a, a  # Z_0 = I, which saves two products
@@ -53,25 +81,37 @@ def _newton_schulz(cov: torch.Tensor, num_iters: int) -> torch.Tensor:
         if k > 0:
             p = torch.bmm(z, y)
         factor = _two_factors(p)
-        y = torch.bmm(y, factor)
-        if k < num_iters - 2:  # the last Z is not needed
+        is_last = k >= num_iters - 2  # then one of Y and Z is not needed
+        if not (inverse and is_last):
+            y = torch.bmm(y, factor)
+        if inverse or not is_last:
             z = torch.bmm(z, factor) if k > 0 else factor
-    if num_iters % 2 == 1:
-        y = torch.bmm(y, _factor(z, y) if num_iters > 1 else _first_factor(a))
-    return y * _root_of_trace(trace, is_zero)
+    if num_iters == 1:
+        z = _first_factor(a)
+        y = z if inverse else torch.bmm(a, z)
+    elif num_iters % 2 == 1:
+        y = torch.bmm(z if inverse else y, _factor(z, y))
+    elif inverse:
+        y = z
+    return y * _scale(trace, is_zero, inverse)
+
+
+def counts_as_zero(trace: torch.Tensor) -> torch.Tensor:
+    """Where a covariance is zero (a constant map), by its trace. NaN is not zero, and passes through."""
+    return trace <= 1e-30  # guards 0/0 only, far below every real trace
 
 
 def _normalize(cov: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The symmetric part of ``cov`` with trace one, its trace before, and whether that was zero (then taken as one)."""
     trace = _trace(cov)
-    # A zero covariance (a constant map). The bound guards 0/0 only, far below every real trace; NaN passes through.
-    is_zero = trace <= 1e-30
+    is_zero = counts_as_zero(trace)
     trace = torch.where(is_zero, torch.ones_like(trace), trace)
     return _plus_transpose(cov) * (0.5 / trace), trace, is_zero
 
 
-def _root_of_trace(trace: torch.Tensor, is_zero: torch.Tensor) -> torch.Tensor:
-    return torch.where(is_zero, torch.zeros_like(trace), trace.sqrt())
+def _scale(trace: torch.Tensor, is_zero: torch.Tensor, inverse: bool) -> torch.Tensor:
+    """Undoes the division by the trace: its root, or one over that for an inverse root."""
+    return torch.where(is_zero, torch.zeros_like(trace), trace.rsqrt() if inverse else trace.sqrt())
 
 
 def _first_factor(a: torch.Tensor) -> torch.Tensor:
@@ -115,32 +155,35 @@ def _plus_transpose(mat: torch.Tensor) -> torch.Tensor:
     return mat + mat.transpose(1, 2)
 
 
-def _steps(a: torch.Tensor, num_iters: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Y_1 to Y_N, and Z_1 to Z_(N-1), one step at a time."""
+def _steps(a: torch.Tensor, num_iters: int, inverse: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Y_1, Y_2, ... and Z_1, Z_2, ..., one step at a time: Y_N without Z_N, or for an inverse root the other way."""
     zs = [_first_factor(a)]
     ys = [torch.bmm(a, zs[0])]
     for k in range(1, num_iters):
         factor = _factor(zs[-1], ys[-1])
-        ys.append(torch.bmm(ys[-1], factor))
-        if k < num_iters - 1:
+        is_last = k == num_iters - 1
+        if not (inverse and is_last):
+            ys.append(torch.bmm(ys[-1], factor))
+        if inverse or not is_last:
             zs.append(torch.bmm(zs[-1], factor))
     return ys, zs
 
 
-class _NewtonSchulzSqrt(torch.autograd.Function):
+class _NewtonSchulz(torch.autograd.Function):
     """Keeps Y and Z between the steps for the gradient, but the first ones, which are cheap to make again."""
 
     generate_vmap_rule = True  # for torch.func
 
     @staticmethod
-    def forward(cov: torch.Tensor, num_iters: int) -> tuple[torch.Tensor, ...]:
+    def forward(cov: torch.Tensor, num_iters: int, inverse: bool) -> tuple[torch.Tensor, ...]:
         a, trace, is_zero = _normalize(cov)
-        ys, zs = _steps(a, num_iters)
-        return ys[-1] * _root_of_trace(trace, is_zero), *ys[1:-1], *zs[1:]
+        ys, zs = _steps(a, num_iters, inverse)
+        root = (zs if inverse else ys)[-1] * _scale(trace, is_zero, inverse)
+        return root, *ys[1 : num_iters - 1], *zs[1 : num_iters - 1]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, int], output: tuple[torch.Tensor, ...]) -> None:
-        cov, ctx.num_iters = inputs
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, int, bool], output: tuple[torch.Tensor, ...]) -> None:
+        cov, ctx.num_iters, ctx.inverse = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(cov, *output[1:])
         if not torch.compiler.is_compiling():  # the compiler does not know it, nor need it
@@ -148,25 +191,33 @@ class _NewtonSchulzSqrt(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def backward(ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
+    def backward(
+        ctx: Any, grad: torch.Tensor | None, *_: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, None, None]:
         if grad is None:
-            return None, None
+            return None, None, None
         cov, *kept = ctx.saved_tensors
         a, trace, is_zero = _normalize(cov)
         if torch.is_grad_enabled():  # a second derivative is wanted: let it see how these depend on cov
-            ys, zs = _steps(a, ctx.num_iters)
+            ys, zs = _steps(a, ctx.num_iters, ctx.inverse)
         else:
-            ys, zs = _steps(a, 1)
+            ys, zs = _steps(a, 1, ctx.inverse)
             ys, zs = ys + kept[: len(kept) // 2], zs + kept[len(kept) // 2 :]
-        # The root was scaled by sqrt(trace), and A by 1 / trace.
+        ys, zs = ys[: ctx.num_iters - 1], zs[: ctx.num_iters - 1]
+        # The root was scaled by sqrt(trace), or an inverse root by one over it, and A by 1 / trace.
         g = _plus_transpose(grad) * torch.where(is_zero, torch.zeros_like(trace), 0.5 * trace.rsqrt())
-        return _sqrt_gradient(g, a, ys[: ctx.num_iters - 1], zs), None
+        if ctx.inverse:
+            g = g / trace
+        return _gradient(g, a, ys, zs, ctx.inverse), None, None
 
 
-def _sqrt_gradient(g: torch.Tensor, a: torch.Tensor, ys: list[torch.Tensor], zs: list[torch.Tensor]) -> torch.Tensor:
+def _gradient(
+    g: torch.Tensor, a: torch.Tensor, ys: list[torch.Tensor], zs: list[torch.Tensor], inverse: bool
+) -> torch.Tensor:
     r"""Gradient with respect to the covariance, given A, Y_1 to Y_(N-1), Z_1 to Z_(N-1), and that with respect to Y_N.
 
-    With G and H the gradients with respect to Y and Z after a step, those before it are
+    Of an inverse root, it is given that with respect to Z_N. With G and H the gradients with respect to Y and Z after a
+    step, those before it are
 
     .. math:: \tfrac32 G - \mathrm{sym}(Z (U + \tfrac12 V)), \quad \tfrac32 H - \mathrm{sym}((V + \tfrac12 U) Y),
         \qquad U = Y G, \; V = H Z
@@ -174,17 +225,12 @@ def _sqrt_gradient(g: torch.Tensor, a: torch.Tensor, ys: list[torch.Tensor], zs:
     where sym is the symmetric part. These are four products; the plain chain rule has six. Two are saved
     because Y and Z are symmetric and commute.
     """
-    if not ys:  # a single step
-        u = torch.bmm(a, g)
-        half = torch.sub(0.75 * g, u, alpha=0.5)
-        inner = 0.75 * _trace(u) + _inner(half, a)
+    if not ys:  # a single step, to A (3I - A) / 2, or to (3I - A) / 2
+        u = g if inverse else torch.bmm(a, g)
+        half = -0.25 * g if inverse else torch.sub(0.75 * g, u, alpha=0.5)
+        inner = 1.5 * _trace(u) - 0.5 * _inner(u, a)
     else:
-        y, z = ys[-1], zs[-1]
-        u = torch.bmm(y, g)  # the last step makes no Z: H and V are zero after it
-        inner = 0.75 * _trace(u)
-        half = _less_product(g, z, u)
-        inner = inner + _inner(half, y)
-        h = _plus_transpose(torch.baddbmm(u, u, y, beta=0, alpha=-0.25))
+        half, h, inner = _before_last_step(g, ys[-1], zs[-1], inverse)
         for y, z in zip(reversed(ys[:-1]), reversed(zs[:-1]), strict=True):
             g = _plus_transpose(half)
             u, v = torch.bmm(y, g), torch.bmm(h, z)
@@ -192,11 +238,27 @@ def _sqrt_gradient(g: torch.Tensor, a: torch.Tensor, ys: list[torch.Tensor], zs:
             h = _plus_transpose(_less_product(h, torch.add(v, u, alpha=0.5), y))
         g = _plus_transpose(half)
         half = torch.baddbmm(g, a, g, beta=0.75, alpha=-0.5).sub_(h, alpha=0.25)
-    # The trace, which scales both the root and A: `inner` is the inner product of G and Y_N.
-    through_trace = 0.5 * inner - 2 * _inner(half, a)
+    # The trace, which scales both the root and A: `inner` is the inner product of G and Y_N, or of H and Z_N.
+    through_trace = (-0.5 if inverse else 0.5) * inner - 2 * _inner(half, a)
     gradient = _plus_transpose(half)
     gradient.diagonal(dim1=1, dim2=2).add_(through_trace[:, :, 0])
     return gradient
+
+
+def _before_last_step(
+    g: torch.Tensor, y: torch.Tensor, z: torch.Tensor, inverse: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Half of the gradient with respect to Y, that with respect to Z, and the inner product of ``g`` and the root."""
+    if inverse:  # the last step makes no Y: G and U are zero after it
+        v = torch.bmm(g, z)
+        inner = 0.75 * _trace(v)
+        half = torch.baddbmm(v, z, v, beta=0, alpha=-0.25)
+        half_h = _less_product(g, v, y)
+        return half, _plus_transpose(half_h), inner + _inner(half_h, z)
+    u = torch.bmm(y, g)  # the last step makes no Z: H and V are zero after it
+    inner = 0.75 * _trace(u)
+    half = _less_product(g, z, u)
+    return half, _plus_transpose(torch.baddbmm(u, u, y, beta=0, alpha=-0.25)), inner + _inner(half, y)
 
 
 def _less_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,122 @@
+"""The square root of a feature map's covariance; on small maps, without computing that covariance."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch.torch_version import TorchVersion
+
+from timm_gsop.checks import check_ndim, check_positive_int
+from timm_gsop.layers.bilinear_pool import bilinear_pool
+from timm_gsop.layers.covariance import centre, covariance_pool
+from timm_gsop.layers.gradients import evaluate, without_autocast
+from timm_gsop.layers.matrix_sqrt import counts_as_zero, newton_schulz_inverse_sqrt, newton_schulz_sqrt
+
+__all__ = ["covariance_sqrt"]
+
+_DYNAMO_KNOWS_INEQUALITIES = TorchVersion(torch.__version__) >= "2.8"
+
+
+def covariance_sqrt(x: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
+    r"""Square root of the covariance between channels, ``newton_schulz_sqrt(covariance_pool(x), num_iters)``.
+
+    Where a map has at most half as many positions M as channels C, the iteration runs on M×M matrices instead of C×C.
+    With :math:`\bar X` the features, centred and divided by their norm, :math:`\bar X \bar X^\top` is the covariance
+    with trace one. What the iteration makes of a matrix, :math:`Y_N` and :math:`Z_N`, are polynomials in it, so that
+
+    .. math:: Y_N(\bar X \bar X^\top) = \bar X \, Z_N(\bar X^\top \bar X) \, \bar X^\top
+
+    for every number of steps N: both ways give the same result, but for rounding.
+
+    Args:
+        x: Features, (B, C, H, W) or (B, C, M), M = H·W positions. A constant map gives zeros, and zero gradients.
+        num_iters: Number of Newton–Schulz iterations N.
+
+    Returns:
+        (B, C, C), in float32, or in float64 if ``x`` is. Autocast has no effect; PyTorch's TF32 setting has.
+
+    Raises:
+        ValueError: If ``x`` has neither three nor four dimensions, or ``num_iters`` < 1.
+
+    Examples:
+        >>> x = torch.randn(2, 64, 3, 3)
+        >>> torch.allclose(covariance_sqrt(x), newton_schulz_sqrt(covariance_pool(x)), atol=1e-5)
+        True
+    """
+    if not torch.jit.is_scripting():  # does not know our checks
+        check_ndim("x", x, (3, 4), "(B, C, H, W) or (B, C, M)")
+        check_positive_int("num_iters", num_iters)
+    x = x.flatten(2)
+    if _has_few_positions(x):
+        return _sqrt_from_gram(x, num_iters)
+    cov = covariance_pool(x)
+    del x  # not needed during the iteration
+    return newton_schulz_sqrt(cov, num_iters)
+
+
+def _has_few_positions(x: torch.Tensor) -> bool:
+    """Whether M×M matrices are the cheaper ones; no if a graph is made for sizes that it does not know."""
+    if torch.jit.is_scripting():
+        return 2 * x.shape[2] <= x.shape[1]
+    if torch.jit.is_tracing():
+        with warnings.catch_warnings():  # a trace keeps the choice, and is right for every size
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            return bool(2 * x.shape[2] <= x.shape[1])
+    return _is_certain(2 * x.shape[2] <= x.shape[1])
+
+
+def _is_certain(inequality: bool | torch.SymBool) -> bool:
+    """Whether an inequality holds for all sizes of a graph. A plain ``if`` would restrict the graph to some of them."""
+    is_dynamo = torch.compiler.is_dynamo_compiling()
+    if is_dynamo and not _DYNAMO_KNOWS_INEQUALITIES:
+        return False
+    if is_dynamo or isinstance(inequality, torch.SymBool):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow, and rarely needed
+
+        return statically_known_true(inequality)
+    return inequality
+
+
+def _sqrt_from_gram(x: torch.Tensor, num_iters: int) -> torch.Tensor:
+    centred = centre(x)
+    trace = (centred * centred).sum(dim=(1, 2), keepdim=True) / x.shape[2]
+    is_zero = counts_as_zero(trace)
+    # Divided by it first: the inverse root of a tiny matrix, or its gradient, would leave float32's range.
+    norm = torch.where(is_zero, torch.ones_like(trace), trace).sqrt()
+    centred = centred / norm
+    root = _between(centred, newton_schulz_inverse_sqrt(bilinear_pool(centred.transpose(1, 2)), num_iters))
+    # The covariance is divided by M, and bilinear_pool divides by C.
+    scale = norm / (x.shape[1] * x.shape[2]) ** 0.5
+    return root * torch.where(is_zero, torch.zeros_like(scale), scale)
+
+
+def _between(x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+    """X S Xᵀ for symmetric S, (B, C, M) and (B, M, M) to (B, C, C)."""
+    if torch.jit.is_scripting():
+        return _product(x, inner)
+    return evaluate(_Product, _product, x, inner)
+
+
+def _product(x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(torch.bmm(x, inner), x.transpose(1, 2))
+
+
+class _Product(torch.autograd.Function):
+    """With a gradient of its own, which autocast does not reach."""
+
+    generate_vmap_rule = True  # for torch.func
+
+    @staticmethod
+    def forward(x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+        return _product(x, inner)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, inner = ctx.saved_tensors
+        half = torch.bmm(grad + grad.transpose(1, 2), x)
+        return torch.bmm(half, inner), 0.5 * torch.bmm(x.transpose(1, 2), half)
