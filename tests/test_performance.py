@@ -77,7 +77,8 @@ def test_operations_by_hand():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 1, 3)).eval()
     assert model_macs(model, (3, 6, 6)) == {"": 864 + 1152, "0": 864, "1": 0, "2": 1152}
     assert count_macs(lambda: torch.ones(2, 3) @ torch.ones(3, 5))[""] == 30
-    assert model_macs(IsqrtCovPool2d(4, 8), (4, 2, 2))[""] == 4 * 8 * 4 + 8 * 8 * 4 + 12 * 8**3
+    assert model_macs(IsqrtCovPool2d(4, 8), (4, 3, 3))[""] == 4 * 8 * 9 + 8 * 8 * 9 + 12 * 8**3
+    assert model_macs(IsqrtCovPool2d(4, 8), (4, 2, 2))[""] == 4 * 8 * 4 + 8 * 8 * 4 + 12 * 4**3 + 2 * 8 * 4**2
 
 
 def test_another_checkout(tmp_path):
