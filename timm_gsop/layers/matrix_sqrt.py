@@ -38,42 +38,32 @@ def newton_schulz_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
         >>> torch.allclose(newton_schulz_sqrt(cov, num_iters=20), torch.diag(torch.tensor([2.0, 1.0])))
         True
     """
-    if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
-        return _newton_schulz(at_least_float32(cov), num_iters)
-    check_square("cov", cov)
-    check_positive_int("num_iters", num_iters)
-    return evaluate(_NewtonSchulz, _newton_schulz, at_least_float32(cov), num_iters, False)
+    return _root(cov, num_iters, False)
 
 
 def newton_schulz_inverse_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
     r"""Approximate inverse square root by Newton–Schulz iterations, :math:`Z_N / \sqrt{\mathrm{tr} \Sigma}`.
 
     It is the other half of the iteration of :func:`newton_schulz_sqrt`: Σ times it is what that function returns.
-
-    Args:
-        cov: Symmetric positive semi-definite matrices, (B, C, C), of which the symmetric part is read. A zero matrix
-            gives zeros, and zero gradients.
-        num_iters: Number of iterations N.
-
-    Returns:
-        (B, C, C), in float32, or in float64 if ``cov`` is. Autocast has no effect; PyTorch's TF32 setting has.
-
-    Raises:
-        ValueError: If ``cov`` is not a batch of square matrices, or ``num_iters`` < 1.
+    Arguments, dtypes and errors are the same.
 
     Examples:
         >>> cov = torch.diag(torch.tensor([4.0, 1.0]))[None]
         >>> torch.allclose(newton_schulz_inverse_sqrt(cov, num_iters=20), torch.diag(torch.tensor([0.5, 1.0])))
         True
     """
+    return _root(cov, num_iters, True)
+
+
+def _root(cov: torch.Tensor, num_iters: int, inverse: bool) -> torch.Tensor:
     if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
-        return _newton_schulz(at_least_float32(cov), num_iters, inverse=True)
+        return _newton_schulz(at_least_float32(cov), num_iters, inverse)
     check_square("cov", cov)
     check_positive_int("num_iters", num_iters)
-    return evaluate(_NewtonSchulz, _newton_schulz, at_least_float32(cov), num_iters, True)
+    return evaluate(_NewtonSchulz, _newton_schulz, at_least_float32(cov), num_iters, inverse)
 
 
-def _newton_schulz(cov: torch.Tensor, num_iters: int, inverse: bool = False) -> torch.Tensor:
+def _newton_schulz(cov: torch.Tensor, num_iters: int, inverse: bool) -> torch.Tensor:
     """Two steps at a time: ten products for five steps, where one at a time takes twelve."""
     a, trace, is_zero = _normalize(cov)
     y, z, p = a, a, a  # Z_0 = I, which saves two products
