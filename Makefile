@@ -81,6 +81,7 @@ figures: $(VENV)/demo.done
 	$(RUN) docs/measured.py
 	$(RUN) -m experiments.tables --csv experiments/results.csv --figure docs/figures/cifar10.png > /dev/null
 	$(RUN) -m timm_gsop.viz curves $(CURVES:%=experiments/results/scratch/%-0.csv) -o docs/figures/cifar10_curves.png
+	$(RUN) -m timm_gsop.viz curves benchmarks/results/fashion_mnist/*-0.csv -o docs/figures/fashion_mnist.png
 
 release-notes: $(VENV)/test.done
 	$(RUN) .github/release_notes.py $(TAG)

@@ -160,6 +160,15 @@ def is_ready(run: Run, folders: Folders) -> bool:
     return not run.lr_from or chosen_lr(run, folders.results) is not None
 
 
+def end_of_search(run: Run, results: Path) -> str:
+    """Say so if a run's learning rate is the lowest or the highest that was tried: a better one may lie beyond."""
+    if not run.lr_from:
+        return ""
+    rates, best = [other.options["lr"] for other in run.lr_from], chosen_lr(run, results)
+    ends = [name for name, rate in dict(lowest=min(rates), highest=max(rates)).items() if rate == best]
+    return f"; lr {best:g} is the {' and '.join(ends)} of the search" if ends else ""
+
+
 def seconds_left(run: Run, folders: Folders) -> float:
     """Estimate of a run's remaining time."""
     return run.seconds * (run.epochs - epochs_done(folders.output / run.name / "summary.csv"))
@@ -205,7 +214,10 @@ def run_all(runs: Sequence[Run], folders: Folders, jobs: int, device: str, threa
                     if job is None:
                         busy += 1
                         continue
-                    say(f"started {run.name} at epoch {job.epochs} of {run.epochs}, process {job.process.pid}")
+                    say(
+                        f"started {run.name} at epoch {job.epochs} of {run.epochs}, process {job.process.pid}"
+                        + end_of_search(run, folders.results)
+                    )
                     running.append(job)
                     left.remove(run)
             if left or running:

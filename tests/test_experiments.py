@@ -188,6 +188,17 @@ def test_the_learning_rate_is_the_best_of_the_search(stand_in, tmp_path, run_her
     assert yaml.safe_load((tmp_path / "results/final/head-0.yaml").read_text())["lr"] == 0.01
 
 
+@pytest.mark.parametrize(
+    ("rates", "said"), [([0.01, 0.001], "highest"), ([0.1, 0.01], "lowest"), ([0.1, 0.01, 0.001], None)]
+)
+def test_a_rate_at_the_end_of_the_search_is_pointed_out(rates, said, stand_in, tmp_path, run_here):
+    """A better one may lie beyond."""
+    search = group(dict(head={}), lrs=rates, epochs=1)
+    plan = make_plan(tmp_path, search=search, final=group(dict(head={}), lr_from="search", epochs=1))
+    (line,) = [line for line in run_here(plan, stand_in).splitlines() if "started final/head-0" in line]
+    assert line.endswith(f"; lr 0.01 is the {said} of the search") if said else "search" not in line
+
+
 def test_a_run_without_its_search_is_refused(stand_in, tmp_path, run_here, capsys):
     """It would wait for ever."""
     search = group(dict(head={}), lrs=[0.1, 0.01], epochs=1)
