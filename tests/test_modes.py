@@ -133,8 +133,12 @@ class SmoothMaximum(nn.Module):
 def average_in_place_of_maximum(
     x: torch.Tensor, kernel_size: int, stride: int | None = None, padding: int = 0, *others: object, **options: object
 ) -> torch.Tensor:
-    """Average pooling with the arguments of max_pool2d. Even float32 meets the corners of a maximum."""
-    return nn.functional.avg_pool2d(x, kernel_size, stride, padding)
+    """Average pooling with the arguments of max_pool2d. Even float32 meets the corners of a maximum.
+
+    Channels first: on a GPU, PyTorch's gradient of padded average pooling was wrong with channels last, before July
+    2026 (https://github.com/pytorch/pytorch/issues/188344).
+    """
+    return nn.functional.avg_pool2d(x.contiguous(), kernel_size, stride, padding)
 
 
 def smooth(model: nn.Module) -> nn.Module:
@@ -158,13 +162,13 @@ def evaluate(
 
     def differentiate(ys: list[torch.Tensor]) -> list[torch.Tensor]:
         # In a fixed direction: the sum of a normalized output would have no gradient.
-        directions = [torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view_as(y).to(y.dtype) for y in ys]
+        directions = [torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view_as(y).to(y) for y in ys]
         of_inputs, *of_weights = torch.autograd.grad(ys, found, directions)
         rest = iter(of_weights)
         of_layers = [[next(rest) for _ in of_layer] for of_layer in weights] or [[] for _ in ys]
         return [torch.cat([g.flatten() for g in (x, *layer)]) for x, layer in zip(of_inputs, of_layers, strict=True)]
 
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+    with torch.autocast(xs.device.type, autocast, enabled=autocast is not None):
         ys = model(xs)
         gradients = differentiate(ys) if backward_inside else []
     return ys, gradients or differentiate(ys)

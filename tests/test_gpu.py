@@ -1,0 +1,157 @@
+"""On a GPU: float64's answers in every precision, layout and compiler mode, and training that lasts and repeats."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from itertools import product
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.layers import CHANNELS, LAYERS
+from tests.test_modes import (
+    AUTOCAST,
+    FLOAT32_BOUND,
+    FUNCTIONS,
+    NETWORKS,
+    PLAIN,
+    Functions,
+    Layers,
+    average_in_place_of_maximum,
+    bounds_of,
+    evaluate,
+    network,
+    smooth,
+)
+from tests.test_training import NETWORKS as TRAINED
+from tests.test_training import SMALL, trained
+from tests.tolerances import gradient_error, output_error
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+# Not every layer can be captured in a CUDA graph: the exact root cannot (docs/guarantees.md).
+COMPILED = {"eager": None, "compiled": {}, "CUDA graphs": dict(mode="reduce-overhead")}
+LAYOUTS = {"channels first": torch.contiguous_format, "channels last": torch.channels_last}
+
+trainings = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+
+
+def cases(*modes: str) -> list:
+    """Mode, precision and layout; of what the compiler makes, which takes long, one each is quick."""
+    found = []
+    for mode, autocast, layout in product(modes, AUTOCAST, LAYOUTS):
+        quick = mode == "eager" or (autocast, layout) == ("bfloat16", "channels last")
+        marks = [] if quick else [pytest.mark.slow]
+        found.append(pytest.param(mode, autocast, layout, marks=marks, id=f"{mode}-{autocast}-{layout}"))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def float32_products(monkeypatch) -> None:
+    """The GPU's convolutions round float32 to TF32 by default, which is more than our bounds allow."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def on_gpu() -> Iterator[None]:
+    """What is created without a device is on the GPU."""
+    with torch.device("cuda"):
+        yield
+
+
+def assert_as_in_float64(
+    model: nn.Module, xs: torch.Tensor, autocast: str, mode: str, layout: str, bounds: tuple[float, float]
+) -> None:
+    """Outputs and gradients on the GPU are those of the same model in float64 on the CPU."""
+    expected_ys, expected_gradients = evaluate(deepcopy(model).double(), xs.double())
+    torch.compiler.reset()
+    run = model.cuda().to(memory_format=LAYOUTS[layout])
+    if COMPILED[mode] is not None:
+        run = torch.compile(run, fullgraph=True, **COMPILED[mode])
+    xs = xs.cuda()
+    if layout == "channels last":
+        xs = xs.transpose(2, 3).transpose(3, 4).contiguous().transpose(3, 4).transpose(2, 3)
+    for _ in range(3 if mode == "CUDA graphs" else 1):  # warmed up, recorded, replayed
+        if mode == "CUDA graphs":
+            torch.compiler.cudagraph_mark_step_begin()
+        ys, gradients = evaluate(run, xs, AUTOCAST[autocast])
+        for name, y, gradient, expected_y, expected_gradient in zip(
+            model.names, ys, gradients, expected_ys, expected_gradients, strict=True
+        ):
+            assert output_error(y.cpu(), expected_y) <= bounds[0], name
+            assert gradient_error(gradient.cpu(), expected_gradient) <= bounds[1], name
+
+
+@pytest.mark.parametrize(("mode", "autocast", "layout"), cases("eager", "compiled"))
+def test_functions(mode, autocast, layout):
+    xs = torch.randn(len(FUNCTIONS), 3, 6, 4, 5)
+    assert_as_in_float64(Functions(), xs, autocast, mode, layout, (FLOAT32_BOUND, FLOAT32_BOUND))
+
+
+@trainings
+@pytest.mark.parametrize(("mode", "autocast", "layout"), cases("eager", "compiled"))
+def test_layers(mode, autocast, layout, training):
+    layers = smooth(Layers()).train(training)
+    xs = torch.randn(len(LAYERS), 6, CHANNELS, 7, 9)
+    assert_as_in_float64(layers, xs, autocast, mode, layout, bounds_of(autocast))
+
+
+def network_cases() -> list:
+    shallow = [name for name in NETWORKS if name not in PLAIN]  # the deep ones have no bounds in half precision
+    modes = {name: ["eager"] for name in shallow}
+    modes["net2"].append("compiled")
+    modes["preresnet"].append("CUDA graphs")
+    return [
+        pytest.param(name, *case.values, marks=case.marks, id=f"{name}-{case.id}")
+        for name, of_name in modes.items()
+        for case in cases(*of_name)
+    ]
+
+
+@trainings
+@pytest.mark.parametrize(("name", "mode", "autocast", "layout"), network_cases())
+def test_networks(name, mode, autocast, layout, training, monkeypatch):
+    monkeypatch.setattr(nn.functional, "max_pool2d", average_in_place_of_maximum)
+    x = torch.randn(8, 3, *([32] * 2 if name == "preresnet" else [64] * 2))
+    model = network(name, x, training)
+    output_bound, gradient_bound = bounds_of(autocast)  # for these batches on a CPU; another kernel rounds differently
+    assert_as_in_float64(model, x[None], autocast, mode, layout, (2 * output_bound, 2 * gradient_bound))
+
+
+@pytest.mark.parametrize("network", TRAINED)
+def test_the_same_seed_gives_the_same_weights_and_steps(network, deterministic, on_gpu, monkeypatch):
+    """To the bit, with every operation deterministic. cuBLAS asks for the variable."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    first, second = trained(network, 0), trained(network, 0)
+    assert all(value.is_cuda and torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("autocast", [name for name, dtype in AUTOCAST.items() if dtype])
+@pytest.mark.parametrize("network", TRAINED)
+def test_training_in_half_precision_learns(network, autocast, on_gpu):
+    """With scaled gradients, as train.py's: the loss falls, and no step is left out after the first ones."""
+    name, kwargs = TRAINED[network]
+    model = timm.create_model(name, **{**SMALL, **kwargs}).to(memory_format=torch.channels_last).train()
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), torch.amp.GradScaler("cuda")
+    kinds, losses = torch.randn(4, 3, 48, 48), []
+    for _ in range(40):
+        labels = torch.randint(4, (16,))
+        with torch.autocast("cuda", AUTOCAST[autocast]):
+            loss = F.cross_entropy(model(kinds[labels] + 0.5 * torch.randn(16, 3, 48, 48)), labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert scaler.get_scale() >= 2.0**12
+
+
+@pytest.mark.parametrize("name", ["gsop_preresnet20_net1", "gsop_preresnet20_net2"])
+def test_trained_weights_give_the_same_logits(name):
+    model = timm.create_model(name, pretrained=True).eval()
+    x = torch.randn(4, *model.pretrained_cfg["input_size"])
+    with torch.inference_mode():
+        torch.testing.assert_close(model.cuda()(x.cuda()).cpu(), model.cpu()(x), rtol=1e-3, atol=1e-3)
