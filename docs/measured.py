@@ -16,6 +16,7 @@ import timm
 import torch
 
 from benchmarks import ROOT, table, update
+from experiments.plan import PLAN_GPU, RESULTS_GPU
 from experiments.tables import all_tables
 from timm_gsop.hub.operations import count_macs
 from timm_gsop.viz.figure import new_figure, save_figure
@@ -54,14 +55,15 @@ def milliseconds(seconds: float, digits: int = 1) -> str:
     return f"{1e3 * seconds:.{digits}f}"
 
 
-def blocks_table(result: Mapping[str, Any], kind: str) -> str:
+def blocks_table(result: Mapping[str, Any], kind: str, digits: int = 1) -> str:
     """Blocks or heads: time of ours, and of others relative to it."""
     lines = []
     rows = [row for row in result["rows"] if row["kind"] == kind]
     for row in rows:
         ours, *others = row["alternatives"].values()
         what = [f"{row['channels']}×{row['size']}×{row['size']}", PASSES[row["training"]]]
-        line = [*what, milliseconds(row["floor"]), milliseconds(ours["seconds"]), *map(ratio, others), ""]
+        times = [milliseconds(seconds, digits) for seconds in (row["floor"], ours["seconds"])]
+        line = [*what, *times, *map(ratio, others), ""]
         if row["training"]:
             less = row["bytes"]["ours"] / row["bytes"]["textbook"]
             line[-1] = f"{row['bytes']['ours'] / 1e6:.0f} MB, {less:.2f}× the textbook's"
@@ -91,23 +93,24 @@ def networks_table(result: Mapping[str, Any], blocks: Mapping[str, Any]) -> str:
 
 
 def bfloat16_table(exact: Mapping[str, Any], rounded: Mapping[str, Any]) -> str:
-    """Time relative to the twin, with products in float32, and with their operands rounded to bfloat16."""
+    """Time relative to the twin, with products in float32, and with their operands rounded."""
+    setting = rounded["machine"]["float32_products"]
     lines = [
         [row["way"], name, milliseconds(timing["seconds"]), ratio(timing), ratio(other["alternatives"][name])]
         for row, other in zip(exact["rows"], rounded["rows"], strict=True)
         for name, timing in row["alternatives"].items()
     ]
-    return table(["way", "network", "ms", "time / twin's", 'time / twin\'s, with `"medium"`'], lines)
+    return table(["way", "network", "ms", "time / twin's", f'time / twin\'s, with `"{setting}"`'], lines)
 
 
 def pieces_table(*results: Mapping[str, Any]) -> str:
-    """Each piece by itself, summed over the stages; with float32 products, and with their operands rounded."""
+    """Each piece by itself, summed over the stages; with float32 products, or also with their operands rounded."""
     sums: list[Counter[tuple[str, str]]] = [Counter() for _ in results]
     for result, total in zip(results, sums, strict=True):
         for row in result["rows"]:
             total.update({(row["part"], name): timing["seconds"] for name, timing in row["alternatives"].items()})
     lines = [[*key, *(milliseconds(total[key], 2) for total in sums)] for key in sums[0]]
-    return table(["of", "piece", "ms", 'ms, with `"medium"`'], lines)
+    return table(["of", "piece", *["ms", 'ms, with `"medium"`'][: len(results)]], lines)
 
 
 WHEN = {
@@ -149,6 +152,12 @@ def about(result: Mapping[str, Any]) -> str:
     return f"{device}; {versions}; batch {result['batch']}."
 
 
+def about_gpu(result: Mapping[str, Any]) -> str:
+    """The machine, where the processor matters little."""
+    machine = result["machine"]
+    return f"{machine['device']}; Python {machine['python']}, torch {machine['torch']}, timm {machine['timm']}."
+
+
 def fashion_mnist_runs(folder: str) -> dict[str, list[float]]:
     """Top-1 (%) of each recipe's runs, by seed: the last epoch's, so that no test image chose it."""
     found = {}
@@ -176,8 +185,10 @@ def fashion_mnist_table() -> str:
 
 
 def cifar10_tables() -> dict[str, str]:
-    """Groups of the plan of which runs have finished."""
-    return {name: "\n".join(lines) for name, (_, lines) in all_tables().items()}
+    """Groups of both plans of which runs have finished."""
+    found = {name: "\n".join(lines) for name, (_, lines) in all_tables().items()}
+    on_gpu = {f"{name}, GPU": "\n".join(lines) for name, (_, lines) in all_tables(PLAN_GPU, RESULTS_GPU).items()}
+    return found | on_gpu
 
 
 def contents() -> dict[str, dict[str, str]]:
@@ -191,6 +202,14 @@ def contents() -> dict[str, dict[str, str]]:
         "models' machine": about(networks),
         "bfloat16": bfloat16_table(bfloat16, medium),
         "pieces": pieces_table(pieces, pieces_medium),
+    }
+    names = ("blocks", "networks", "networks_high", "pieces")
+    blocks, networks, high, pieces = (load(f"performance/gpu/{name}") for name in names)
+    performance |= {
+        "networks, GPU": bfloat16_table(networks, high),
+        "blocks, GPU": f"{blocks_table(blocks, 'block', 2)}\n\n{blocks_table(blocks, 'head', 2)}",
+        "pieces, GPU": pieces_table(pieces),
+        "GPU": about_gpu(networks),
     }
     heads = load("performance/heads")
     return {

@@ -13,6 +13,7 @@ from train_configs.recipes import after
 
 FOLDER = Path(__file__).parent
 PLAN, RESULTS = FOLDER / "plan.yaml", FOLDER / "results"
+PLAN_GPU, RESULTS_GPU = FOLDER / "plan_gpu.yaml", FOLDER / "results_gpu"
 CONFIGS = FOLDER.parent / "train_configs"
 ROW_KEYS = {"recipe", "epochs", "seeds", "seconds", "options", "lrs", "same_time_as"}
 GROUP_KEYS = ROW_KEYS - {"same_time_as"} | {"what", "rows", "milestones", "lr_from", "references"}
