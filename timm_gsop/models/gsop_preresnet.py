@@ -289,8 +289,8 @@ def _cifar10(name: str, top1: str, recipe: str, **kwargs: Any) -> dict[str, Any]
         description="Trained on CIFAR-10 by us, for 20 epochs on a GPU: an example that works offline.",
         notes=(
             "data: CIFAR-10",
-            f"recipe: timm's train.py -c train_configs/cifar10/{recipe}.yaml --seed 0 --epochs 20 --decay-milestones 12 17 "
-            "--color-jitter-prob 0 --device cuda; docs/results.md has all runs",
+            f"recipe: timm's train.py -c train_configs/cifar10/{recipe}.yaml --seed 0 --epochs 20 "
+            "--decay-milestones 12 17 --color-jitter-prob 0 --device cuda; docs/results.md has all runs",
             f"measured: top-1 {top1} % on the 10 000 test images (validate.py --dataset torch/cifar10 "
             f"--model {name} --pretrained)",
         ),
