@@ -147,15 +147,18 @@ def heads_table(result: Mapping[str, Any]) -> str:
 def about(result: Mapping[str, Any]) -> str:
     """The machine."""
     machine = result["machine"]
-    versions = f"Python {machine['python']}, torch {machine['torch']}, timm {machine['timm']}"
     device = f"{machine['device']}, {machine['threads']} threads, {machine['capability']}"
-    return f"{device}; {versions}; batch {result['batch']}."
+    return f"{device}; {versions(machine)}; batch {result['batch']}."
 
 
 def about_gpu(result: Mapping[str, Any]) -> str:
     """The machine, where the processor matters little."""
-    machine = result["machine"]
-    return f"{machine['device']}; Python {machine['python']}, torch {machine['torch']}, timm {machine['timm']}."
+    return f"{result['machine']['device']}; {versions(result['machine'])}."
+
+
+def versions(machine: Mapping[str, Any]) -> str:
+    """Of what the figures depend on."""
+    return f"Python {machine['python']}, torch {machine['torch']}, timm {machine['timm']}"
 
 
 def fashion_mnist_runs(folder: str) -> dict[str, list[float]]:
@@ -186,9 +189,8 @@ def fashion_mnist_table() -> str:
 
 def cifar10_tables() -> dict[str, str]:
     """Groups of both plans of which runs have finished."""
-    found = {name: "\n".join(lines) for name, (_, lines) in all_tables().items()}
-    on_gpu = {f"{name}, GPU": "\n".join(lines) for name, (_, lines) in all_tables(PLAN_GPU, RESULTS_GPU).items()}
-    return found | on_gpu
+    on_gpu = {f"{name}, GPU": found for name, found in all_tables(PLAN_GPU, RESULTS_GPU).items()}
+    return {name: "\n".join(lines) for name, (_, lines) in {**all_tables(), **on_gpu}.items()}
 
 
 def contents() -> dict[str, dict[str, str]]:

@@ -72,7 +72,7 @@ def assert_as_in_float64(
         run = torch.compile(run, fullgraph=True, **COMPILED[mode])
     xs = xs.cuda()
     if layout == "channels last":
-        xs = xs.transpose(2, 3).transpose(3, 4).contiguous().transpose(3, 4).transpose(2, 3)
+        xs = xs.movedim(2, -1).contiguous().movedim(-1, 2)
     for _ in range(3 if mode == "CUDA graphs" else 1):  # warmed up, recorded, replayed
         if mode == "CUDA graphs":
             torch.compiler.cudagraph_mark_step_begin()
@@ -114,7 +114,8 @@ def network_cases() -> list:
 @pytest.mark.parametrize(("name", "mode", "autocast", "layout"), network_cases())
 def test_networks(name, mode, autocast, layout, training, monkeypatch):
     monkeypatch.setattr(nn.functional, "max_pool2d", average_in_place_of_maximum)
-    x = torch.randn(8, 3, *([32] * 2 if name == "preresnet" else [64] * 2))
+    size = 32 if name == "preresnet" else 64
+    x = torch.randn(8, 3, size, size)
     model = network(name, x, training)
     output_bound, gradient_bound = bounds_of(autocast)  # for these batches on a CPU; another kernel rounds differently
     assert_as_in_float64(model, x[None], autocast, mode, layout, (2 * output_bound, 2 * gradient_bound))
