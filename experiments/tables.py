@@ -172,7 +172,7 @@ def draw_time(runs: Sequence[Run], results: Path, speeds: Mapping[str, Mapping[s
         minutes = rows[row].epochs * speeds[f"{rows[row].group}/{row}"]["epoch"] / 60
         reach = [[mean(values) - min(values)], [max(values) - mean(values)]]
         axes.errorbar(minutes, mean(values), yerr=reach, marker="o", capsize=3)
-        axes.annotate(row, (minutes, mean(values)), xytext=(6, 3), textcoords="offset points", fontsize=8)
+        axes.annotate(row, (minutes, max(values)), xytext=(0, 5), textcoords="offset points", fontsize=8, ha="center")
     axes.set(xlabel="training (minutes, one thread)", ylabel="top-1 accuracy (%)")
     axes.grid(alpha=0.3)
     axes.margins(x=0.2, y=0.12)  # room for the names
