@@ -72,7 +72,8 @@ def build_model(
     )
     if cfg.source not in ("hf-hub", "local-dir"):  # where a model's own configuration is
         has_labels = pretrained and getattr(model, "num_classes", None) == cfg.num_classes
-        surplus = {*OF_THE_WEIGHTS, *(() if has_labels else LABELS)} - set(pretrained_cfg_overlay or ())
+        tag = ("tag",) if cfg.tag == "untrained" else ()  # which would be said of what is trained
+        surplus = {*OF_THE_WEIGHTS, *tag, *(() if has_labels else LABELS)} - set(pretrained_cfg_overlay or ())
         own = {key: value for key, value in model.pretrained_cfg.items() if key not in surplus}
         model.pretrained_cfg = model.default_cfg = own
     return model
