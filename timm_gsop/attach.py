@@ -26,7 +26,7 @@ def attach_gsop(block: GsopBlock, model: nn.Module, path: str) -> _Undo:
     never inside of such a layer:
 
     * of a plain ``nn.Sequential``, it becomes the last child, ``gsop``;
-    * after a layer of PyTorch's, such as an activation, the layer and the block become a ``nn.Sequential`` in its place;
+    * after a layer of PyTorch's, such as an activation, the two become a ``nn.Sequential`` in the layer's place;
     * after a layer with weights that is in a plain ``nn.Sequential`` already, and after containers whose forward pass
       calls all of their children in its own way, the block becomes the next child of the container around them;
     * of any other module it becomes a child, which a forward hook of that module calls.

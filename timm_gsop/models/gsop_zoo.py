@@ -27,8 +27,8 @@ from timm.models.inception_v3 import InceptionV3
 from timm.models.resnet import Bottleneck
 from torch import nn
 
-from timm_gsop.checks import check_choice
 from timm_gsop.attach import attach_gsop, keep_names
+from timm_gsop.checks import check_choice
 from timm_gsop.layers import GsopBlock
 from timm_gsop.models.build import build_model
 from timm_gsop.models.gsop_mixin import GsopMixin

@@ -9,7 +9,7 @@ Papers:
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,6 @@ from timm.models import (
     generate_default_cfgs,
     get_model_input_config,
     get_pretrained_cfg,
-    group_parameters,
     is_model,
     list_models,
     load_state_dict,
@@ -31,8 +30,8 @@ from timm.models import (
 )
 from torch import nn
 
-from timm_gsop.checks import check_choice
 from timm_gsop.attach import group_with_blocks
+from timm_gsop.checks import check_choice
 from timm_gsop.insert import evaluation_mode, insert_gsop
 from timm_gsop.layers import check_gsop
 from timm_gsop.models.build import build_model
@@ -65,8 +64,7 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         backbone: Name of a network of timm, with or without the tag of its weights.
         num_classes: Number of classes; 0 for no classifier.
         in_chans: Channels of the image.
-        global_pool: One of timm's pools, ``"isqrt"`` (iSQRT-COV), ``"mpn"`` (MPN-COV), ``"bilinear"``,
-            ``"compact_bilinear"``, or ``""`` for none.
+        global_pool: One of timm's pools, one of ``SECOND_ORDER_POOLS``, or ``""`` for none.
         gsop_stages: Indices into the backbone's ``feature_info``, as timm's ``out_indices``, of the stages that end
             with a block; ``()`` for none.
         gsop_type: Kind of the blocks, one of ``GSOP_TYPES``.
@@ -74,9 +72,12 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         spatial_size: In blocks by position: side of the square that the map is pooled to.
         neutral: Whether the blocks start as the identity (:func:`insert_gsop`), as pretrained weights need it. It is a
             part of the architecture: each block's output is multiplied by 2/3.
-        isqrt_dim: Channels after reduction in covariance pooling and in ``"bilinear"``, whose features are its square.
+        isqrt_dim: Channels after reduction, in every second-order pool that reduces. Covariance pooling has
+            isqrt_dim·(isqrt_dim+1)/2 features, ``"bilinear"`` its square.
         isqrt_iters: Newton–Schulz iterations in ``"isqrt"`` pooling.
         compact_bilinear_dim: Features of ``"compact_bilinear"``, which does not reduce the channels.
+        pool_kwargs: Options of ``global_pool``'s own, by the names that its layer's constructor has, for one
+            ``{"num_heads": 6}`` with ``"svpn"``.
         isqrt_drop: Dropout after covariance pooling; other pools ignore it.
         drop_rate: Dropout after any pooling. There is one dropout: with covariance pooling, the larger of the two
             rates applies.
@@ -118,6 +119,7 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         isqrt_dim: int = 256,
         isqrt_iters: int | None = None,
         compact_bilinear_dim: int = 8192,
+        pool_kwargs: Mapping[str, Any] | None = None,
         isqrt_drop: float = 0.0,
         drop_rate: float = 0.0,
         backbone_weights: dict[str, Any] | None = None,
@@ -159,6 +161,7 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
             isqrt_iters,
             "paper",
             compact_bilinear_dim=compact_bilinear_dim,
+            pool_kwargs=pool_kwargs,
             isqrt_drop=isqrt_drop,
             drop_rate=drop_rate,
             **dd,
