@@ -1,4 +1,4 @@
-"""Networks of the released code bases, by torchvision's and the tests' own formulas, with the names that they have there.
+"""Networks of the released code bases, by torchvision's and the tests' own formulas, with their names there.
 
 Written from their names, shapes and order of operations (``timm_gsop/pretrained/released.py`` has the addresses).
 """
@@ -65,7 +65,7 @@ class CovMobileNetV2(nn.Module):
 
 
 def of_main_py(weights: Weights, fine_tuned: bool = False) -> Weights:
-    """Weights of a ResNet as fast MPN-COV's training script saves them: features.module.N, representation, classifier."""
+    """A ResNet's weights as fast MPN-COV's training script saves them."""
     names = {"conv1": "features.module.0", "bn1": "features.module.1"}
     names |= {f"layer{i}": f"features.module.{i + 3}" for i in range(1, 5)}
     reduced = ("features.module.8", "features.module.9")
@@ -86,4 +86,4 @@ def other_networks(name: str) -> Weights:
         network = torchvision.models.vgg16_bn()
     network.representation = nn.Sequential()
     network.representation.conv_dr_block = nn.Sequential(nn.Conv2d(512, 6, 1, bias=False), nn.BatchNorm2d(6))
-    return {name: torch.zeros(1).expand(value.shape or ()) for name, value in network.state_dict().items()}
+    return {name: torch.zeros(()).expand(value.shape) for name, value in network.state_dict().items()}

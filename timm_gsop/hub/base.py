@@ -16,6 +16,7 @@ from timm.models.resnet import ResNet
 
 from timm_gsop.hub.hub_folder import is_ours
 from timm_gsop.hub.labels import labels_of_training
+from timm_gsop.pretrained.backbone import backbone_loading
 from timm_gsop.pretrained.checkpoint import Weights, read_checkpoint
 
 __all__ = ["Base", "find_base"]
@@ -149,7 +150,7 @@ def find_base(checkpoint: str) -> Base:
 
 def _from_name(name: str) -> Base:
     cfg = get_pretrained_cfg(name)
-    model = timm.create_model(name, pretrained=True)
+    model = timm.create_model(name, **({"pretrained": True} if is_ours(name) else backbone_loading(name, {})))
     if not isinstance(model, ResNet | DenseNet | InceptionV3):
         raise ValueError(
             f"checkpoint={name!r} is no ResNet, DenseNet or Inception-v3; accepted: those of timm and timm-gsop."

@@ -13,7 +13,7 @@ from timm_gsop.pretrained.locate import locate_weights
 __all__ = ["backbone_loading", "check_backbone_file"]
 
 MOST_UNLOADED = 0.25
-"""Part of a backbone's tensors that a file may lack: an attention layer that was added to it, for one."""
+"""Part of a backbone's weights that a file may lack: an attention layer that was added to it, for one."""
 
 
 def backbone_loading(backbone: str, weights: Mapping[str, Any], cache_dir: str | Path | None = None) -> dict[str, Any]:
@@ -60,9 +60,10 @@ def check_backbone_file(name: str, create: Callable[..., nn.Module], weights: Ma
     fresh, loaded = states
     random = [key for key, value in fresh.items() if value.ndim > 1 and value.count_nonzero()]
     unloaded = [key for key in random if torch.equal(fresh[key], loaded[key])]
-    if len(unloaded) > MOST_UNLOADED * len(random):
+    total, missing = (sum(fresh[key].numel() for key in keys) for keys in (random, unloaded))
+    if missing > MOST_UNLOADED * total:
+        fitting = f"{100 * (total - missing) // total} % of its weights, and not in {unloaded[0]}"
         raise ValueError(
-            f"file={weights.get('file', 'state_dict')!r} fits backbone={name!r} in {len(random) - len(unloaded)} of its "
-            f"{len(random)} weight tensors, and not in {unloaded[0]}; accepted: weights of {name}, or of a second_order "
-            "with it. For files of other authors, hub/convert.py knows their networks."
+            f"file={weights.get('file') or 'state_dict'!r} fits backbone={name!r} in {fitting}; accepted: weights of "
+            f"{name}, or of a second_order with it. Files of other authors: hub/convert.py."
         )
