@@ -104,6 +104,7 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
     """
 
     output_fmt = "NCHW"
+    __constants__ = ("keeps_tokens",)  # TorchScript compiles the call that the pool has
 
     def __init__(
         self,
@@ -151,6 +152,7 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         self.layout = features.layout
         self.num_prefix_tokens = features.num_prefix_tokens
         self.grid_size = features.grid_size
+        self.has_class_token = self.num_prefix_tokens > 0 and getattr(self.backbone, "cls_token", None) is not None
         self.num_features = features.channels
         infos: Any = getattr(self.backbone, "feature_info", ())
         self.feature_info = [dict(info, module=f"backbone.{info['module']}") for info in infos]
@@ -193,9 +195,9 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the backbone's parameters without weight decay."""
+        """Names of the parameters without weight decay: the backbone's, and those of the pooling."""
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
-        return {f"backbone.{name}" for name in names}
+        return {*(f"backbone.{name}" for name in names), *super().no_weight_decay()}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
@@ -214,7 +216,7 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         found = self.backbone.forward_intermediates(x, indices, *args, **kwargs)
         if isinstance(found, tuple):
             features, intermediates = found
-            return self._to_map(features), intermediates
+            return self._to_features(features), intermediates
         return found
 
     def prune_intermediate_layers(
@@ -238,9 +240,26 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
             return tokens_to_map(x, self.num_prefix_tokens, self.grid_size[0], self.grid_size[1])
         return x
 
+    def _to_features(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.keeps_tokens else self._to_map(x)
+
+    def _pool(self, x: torch.Tensor) -> torch.Tensor:
+        if self.keeps_tokens:
+            return self.global_pool(self._to_map(x), x[:, 0])
+        return self.global_pool(x)
+
+    def _set_global_pool(self, num_classes: int, pool_type: str, **dd: Any) -> None:
+        super()._set_global_pool(num_classes, pool_type, **dd)
+        self.keeps_tokens = self.has_class_token and getattr(self.global_pool, "takes_token", False)
+
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Feature maps of images (B, in_chans, H, W): (B, num_features, H', W')."""
-        return self._to_map(self.backbone.forward_features(x))
+        """Feature maps of images (B, in_chans, H, W): (B, num_features, H', W').
+
+        A pool that takes the class token, as ``"svpn"`` and ``"moment"`` do, is given the backbone's own tokens
+        (B, N, num_features) instead, if there is one among them. So a head has all that it needs:
+        ``forward_head(forward_features(x))`` is ``forward(x)`` with every pool.
+        """
+        return self._to_features(self.backbone.forward_features(x))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Classify images (B, in_chans, H, W): (B, num_classes)."""
