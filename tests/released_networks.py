@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from tests.oracles import truncated_sqrt
+from tests.oracles import eigh_function, truncated_sqrt
 
 RESNETS = {
     18: (BasicBlock, (2, 2, 2, 2)),
@@ -20,27 +20,29 @@ Weights = dict[str, torch.Tensor]
 
 
 def triangle(x: torch.Tensor, num_iters: int | None) -> torch.Tensor:
-    """Covariance of (B, d, H, W), its truncated root where iterations are given, and the upper triangle by rows."""
+    """Covariance of (B, d, H, W), its root after some iterations (-1: the exact one), the upper triangle by rows."""
     mat = torch.stack([torch.cov(sample, correction=0) for sample in x.flatten(2).double()])
-    mat = mat if num_iters is None else truncated_sqrt(mat, num_iters)
+    if num_iters is not None:
+        exact = num_iters < 0
+        mat = eigh_function(mat, lambda v: v.clamp_min(0).sqrt()) if exact else truncated_sqrt(mat, num_iters)
     size = mat.shape[1]
     return torch.stack([mat[:, i, j] for i in range(size) for j in range(i, size)], dim=1).to(x.dtype)
 
 
 class CovResNet(ResNet):
-    """ResNet of fast MPN-COV, GCP and, with ``dropcov``, DropCov in evaluation."""
+    """ResNet of fast MPN-COV, GCP, DropCov in evaluation (no root), or DifferentiableSVD (the exact root)."""
 
-    def __init__(self, depth: int, dim: int = 6, num_classes: int = 7, dropcov: bool = False, last_stride: int = 1):
+    def __init__(self, depth: int, dim: int = 6, dropcov: bool = False, last_stride: int = 1, num_iters: int = 5):
         block, layers = RESNETS[depth]
         super().__init__(block, layers)
         if last_stride == 1:
             first = self.layer4[0]
             for conv in (first.conv1, first.conv2, first.downsample[0]):
                 conv.stride = (1, 1)
-        self.num_iters = None if dropcov else 5
+        self.num_iters = None if dropcov else num_iters
         self.layer_reduce = nn.Conv2d(512 * block.expansion, dim, 1, bias=False)
         self.layer_reduce_bn = nn.BatchNorm2d(dim)
-        self.fc = nn.Linear(dim * (dim + 1) // 2, num_classes)
+        self.fc = nn.Linear(dim * (dim + 1) // 2, 7)
         if dropcov:
             self.eca_layer = nn.Sequential()
             self.eca_layer.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
@@ -54,11 +56,11 @@ class CovResNet(ResNet):
 class CovMobileNetV2(nn.Module):
     """MobileNetV2 of GCP: ReLU6 before the covariance."""
 
-    def __init__(self, dim: int = 6, num_classes: int = 7):
+    def __init__(self, dim: int = 6):
         super().__init__()
         self.features = torchvision.models.mobilenet_v2().features
         self.dimension_reduction = nn.Sequential(nn.Conv2d(1280, dim, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU6())
-        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(dim * (dim + 1) // 2, num_classes))
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(dim * (dim + 1) // 2, 7))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(triangle(self.dimension_reduction(self.features(x)), 5))

@@ -35,7 +35,7 @@ def saved(weights: Weights, path: Path, wrapping: str = "bare") -> str:
 
 
 @torch.no_grad()
-def assert_equal_logits(folder: Path, original: nn.Module, classes: slice = slice(None)) -> None:
+def assert_equal_logits(folder: Path, original: nn.Module) -> None:
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     x = torch.randn(2, 3, 96, 96)
     expected = original(x)
@@ -43,19 +43,19 @@ def assert_equal_logits(folder: Path, original: nn.Module, classes: slice = slic
 
 
 @pytest.mark.parametrize(
-    ("source", "kind", "tensors", "wrapping"),
+    ("source", "kind", "tensors", "dim", "wrapping"),
     [
-        ("gcp", "18", 128, "wrapped"),
-        ("gcp", "34", 224, "wrapped"),
-        ("gcp", "50", 326, "wrapped"),
-        pytest.param("gcp", "101", 632, "wrapped", marks=pytest.mark.slow),
-        ("gcp", "mobilenetv2", 320, "wrapped"),
-        ("fast-mpn-cov", "50", 326, "bare"),
-        ("fast-mpn-cov", "18", 128, "PyTorch 0.4"),
+        ("gcp", "18", 128, 6, "wrapped"),
+        pytest.param("gcp", "34", 224, 6, "wrapped", marks=pytest.mark.slow),
+        ("gcp", "50", 326, 3, "wrapped"),
+        pytest.param("gcp", "101", 632, 6, "wrapped", marks=pytest.mark.slow),
+        ("gcp", "mobilenetv2", 320, 6, "wrapped"),
+        pytest.param("gcp", "mobilenetv2", 320, 3, "PyTorch 0.4", marks=pytest.mark.slow),
+        ("fast-mpn-cov", "50", 326, 6, "bare"),
+        ("fast-mpn-cov", "18", 128, 6, "PyTorch 0.4"),
     ],
 )
-@pytest.mark.parametrize("dim", [6, 3])
-def test_isqrt_cov(source, kind, tensors, wrapping, dim, tmp_path, caplog):
+def test_isqrt_cov(source, kind, tensors, dim, wrapping, tmp_path, caplog):
     """Width of the head and number of classes come from the file; what no name shows is said."""
     original = network(kind, dim=dim)
     assert len(original.state_dict()) == tensors  # as many as in the released files
@@ -77,6 +77,16 @@ def test_of_the_training_script(fine_tuned, tmp_path):
     file = saved(of_main_py(original.state_dict(), fine_tuned), tmp_path / "model_best.pth.tar")
     convert("fast-mpn-cov", file, tmp_path / "out", model_kwargs=dict(last_stride=2))
     assert_equal_logits(tmp_path / "out", original)
+
+
+def test_differentiable_svd(tmp_path, caplog):
+    """The exact root, and a last stage of stride 2, by the names of fast MPN-COV's training script."""
+    original = network("50", last_stride=2, num_iters=-1)
+    file = saved(of_main_py(original.state_dict()), tmp_path / "pade_resnet50.pth.tar")
+    convert("fast-mpn-cov", file, tmp_path / "out", "mpncov_resnet50", dict(last_stride=2))
+    assert_equal_logits(tmp_path / "out", original)
+    assert "The file does not say last_stride. Taken: last_stride=2." in caplog.text
+    assert "The function changes unless the weights were trained with the exact root" in caplog.text
 
 
 @pytest.mark.parametrize("pool", ["dropcov", "cov"])

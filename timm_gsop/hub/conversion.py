@@ -113,20 +113,26 @@ def convert(
     name = _name_for(base, checkpoint, model_name)
     kwargs = {**base.arguments_for(name), **given}
     _say_if_the_stride_differs(base, name, kwargs)
-    if base.assumed:
-        taken = {key: kwargs[key] if kwargs.get(key) is not None else value for key, value in base.assumed.items()}
-        _logger.warning(
-            "The file does not say %s. Taken: %s. --model-kwargs says otherwise.",
-            " or ".join(base.assumed),
-            ", ".join(f"{key}={value}" for key, value in taken.items()),
-        )
     # Not the name's default weights, whose origin and licence would be said of these.
     model = timm.create_model(_without_weights(name), **kwargs).eval()
+    _say_what_is_assumed(base, kwargs, model)
     _check_head(model, base.weights, checkpoint, name)
     load_exactly(model, _fit(base.weights, model))
     labels = base.labels if label_names is None else read_labels(label_names, model.num_classes)
     save_hub_folder(model, folder, base.preprocessing(model, data_config or {}), base.provenance_in(name), labels)
     return model
+
+
+def _say_what_is_assumed(base: Base, kwargs: dict[str, Any], model: Any) -> None:
+    taken = {key: value if kwargs.get(key) is None else kwargs[key] for key, value in (base.assumed or {}).items()}
+    if model.global_pool.pool_type != "isqrt":
+        taken.pop("isqrt_iters", None)
+    if taken:
+        _logger.warning(
+            "The file does not say %s. Taken: %s. --model-kwargs says otherwise.",
+            " or ".join(taken),
+            ", ".join(f"{key}={value}" for key, value in taken.items()),
+        )
 
 
 def _without_weights(name: str) -> str:

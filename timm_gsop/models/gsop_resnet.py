@@ -145,8 +145,12 @@ def _from_released(weights: Weights, pool: Any) -> Weights:
     weights = to_our_names(weights)
     if pool_type == "cov" and dropcov:
         del weights["global_pool.importance.weight"]  # of training only
-    elif pool_type in ("cov", "mpn"):
-        _logger.warning("The function changes: global_pool=%r, and the weights are of 'isqrt'.", pool_type)
+    elif pool_type == "cov":
+        _logger.warning("The function changes: global_pool='cov', and the weights are of 'isqrt'.")
+    elif pool_type == "mpn":
+        _logger.warning(
+            "The function changes unless the weights were trained with the exact root: they look as iSQRT's."
+        )
     elif pool_type == "isqrt" and pool.num_iters != ISQRT_ITERS:
         _logger.warning("The function changes: isqrt_iters=%d, and the weights are of %d.", pool.num_iters, ISQRT_ITERS)
     if isinstance(pool, OfficialIsqrtCovPool2d) and "fc.weight" in weights:
