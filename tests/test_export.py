@@ -102,6 +102,9 @@ def test_onnx(variant, tmp_path):
             assert_same(torch.from_numpy(logits), model(x))
 
 
+NOT_CONVERTED = ("mpn", "compact bilinear", "isqrt of few positions")
+
+
 def openvino_cases() -> list:
     slow = {("layers", True), ("net1", True), ("net1", False), ("net2", True), ("second_order", True)}
     cases = [(what, strict) for what in ("layers", "net1", "net2", "second_order") for strict in (False, True)]
@@ -111,11 +114,14 @@ def openvino_cases() -> list:
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this PyTorch does not say that it exports")
 @pytest.mark.parametrize(("what", "strict"), openvino_cases())
 def test_openvino_converts_what_was_exported(what, strict):
-    """Any batch. Layers that need an eigen-decomposition or a Fourier transform are out of its reach."""
+    """Any batch. Layers that need an eigen-decomposition or a Fourier transform are out of its reach.
+
+    So is iSQRT-COV on small maps: OpenVINO converts it, and is wrong from the second image on (docs/export.md).
+    """
     openvino = pytest.importorskip("openvino")
     batch_dim = 0
     if what == "layers":
-        names = [name for name in LAYERS if name not in ("mpn", "compact bilinear")]
+        names = [name for name in LAYERS if name not in NOT_CONVERTED]
         model, x, batch_dim = Layers(names).eval(), torch.randn(len(names), 2, CHANNELS, 7, 9), 1
     elif what == "second_order":
         model = timm.create_model("second_order", backbone="resnet18", num_classes=5, isqrt_dim=6, cov_dim=8).eval()

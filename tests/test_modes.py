@@ -253,6 +253,7 @@ def network_cases() -> list:
                 if name in DEEP and autocast == "bfloat16":
                     continue
                 quick = backend != "inductor" and name in QUICK and (backend, autocast) != ("aot_eager", "float16")
+                quick = quick and (name, autocast) != ("preresnet", "float16")  # which takes long on a CPU
                 cases.append(pytest.param(name, backend, autocast, marks=[] if quick else pytest.mark.slow))
     return cases
 

@@ -85,10 +85,10 @@ def test_structured_pruning(name):
     kept.update({key: m for key, m in model.named_modules() if isinstance(m, PositionGsop)})
     rows = [len(p) for m in kept.values() for p in m.parameters()]
     size = sum(p.numel() for p in model.parameters())
-    pruner = pruning.MagnitudePruner(
+    pruner = pruning.pruner.MagnitudePruner(
         model,
         x,
-        importance=pruning.MagnitudeImportance(),
+        importance=pruning.importance.MagnitudeImportance(),
         pruning_ratio=0.5,
         ignored_layers=[*kept.values(), model.get_classifier()],
     )
