@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.layers import CHANNELS, LAYERS
+from tests.layers import BLOCKS, CHANNELS, SCALING_LAYERS
 from tests.test_modes import Layers
 from tests.versions import skip_before_torch_2_6
 
@@ -102,7 +102,7 @@ def test_onnx(variant, tmp_path):
             assert_same(torch.from_numpy(logits), model(x))
 
 
-NOT_CONVERTED = ("mpn", "compact bilinear", "isqrt of few positions")
+CONVERTED = (*SCALING_LAYERS, *BLOCKS, "isqrt", "isqrt official", "bilinear")
 
 
 def openvino_cases() -> list:
@@ -114,14 +114,14 @@ def openvino_cases() -> list:
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this PyTorch does not say that it exports")
 @pytest.mark.parametrize(("what", "strict"), openvino_cases())
 def test_openvino_converts_what_was_exported(what, strict):
-    """Any batch. Layers that need an eigen-decomposition or a Fourier transform are out of its reach.
+    """Any batch. docs/export.md has what it cannot convert.
 
-    So is iSQRT-COV on small maps: OpenVINO converts it, and is wrong from the second image on (docs/export.md).
+    iSQRT-COV on small maps is left out: OpenVINO converts it, and is wrong from the second image on (docs/export.md).
     """
     openvino = pytest.importorskip("openvino")
     batch_dim = 0
     if what == "layers":
-        names = [name for name in LAYERS if name not in NOT_CONVERTED]
+        names = list(CONVERTED)
         model, x, batch_dim = Layers(names).eval(), torch.randn(len(names), 2, CHANNELS, 7, 9), 1
     elif what == "second_order":
         model = timm.create_model("second_order", backbone="resnet18", num_classes=5, isqrt_dim=6, cov_dim=8).eval()
