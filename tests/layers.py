@@ -10,6 +10,8 @@ from timm_gsop.layers import (
     GSOP_TYPES,
     BilinearPool2d,
     CompactBilinearPool2d,
+    CovPool2d,
+    DropCovPool2d,
     GsopBlock,
     IsqrtCovPool2d,
     MpnCovPool2d,
@@ -39,6 +41,9 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "mpn": lambda **dd: MpnCovPool2d(CHANNELS, 8, **dd),
     "bilinear": lambda **dd: BilinearPool2d(CHANNELS, 8, **dd),
     "compact bilinear": lambda **dd: CompactBilinearPool2d(CHANNELS, 64, **dd),
+    "cov": lambda **dd: CovPool2d(CHANNELS, 8, **dd),
+    # With so few channels the rate is zero, and training not random, unless importance and covariance disagree.
+    "dropcov": lambda **dd: DropCovPool2d(CHANNELS, 8, **dd),
 }
 LAYERS = {**SCALING_LAYERS, **BLOCKS, **HEADS}
 

@@ -1,9 +1,10 @@
 """Second-order pooling as layers, and the functions behind them."""
 
 from timm_gsop.layers.bilinear_pool import BilinearPool2d, CompactBilinearPool2d, bilinear_pool, compact_bilinear_pool
-from timm_gsop.layers.cov_pool import IsqrtCovPool2d, MpnCovPool2d
+from timm_gsop.layers.cov_pool import CovPool2d, IsqrtCovPool2d, MpnCovPool2d
 from timm_gsop.layers.covariance import covariance_pool, position_covariance, triu_vectorize
 from timm_gsop.layers.covariance_sqrt import covariance_sqrt
+from timm_gsop.layers.dropcov_pool import DropCovPool2d
 from timm_gsop.layers.factory import FLAVORS, GSOP_TYPES, check_gsop, create_gsop
 from timm_gsop.layers.gsop import ChannelGsop, CovarianceExcitation, FusedGsop, Gsop, GsopBlock, PositionGsop
 from timm_gsop.layers.half_gate import NEUTRAL_SCALE, start_at_half
@@ -14,7 +15,15 @@ from timm_gsop.layers.official import (
     OfficialIsqrtCovPool2d,
     OfficialPositionGsop,
 )
-from timm_gsop.layers.pool_factory import SECOND_ORDER_POOLS, check_second_order_pool, create_second_order_pool
+from timm_gsop.layers.pool_factory import (
+    SECOND_ORDER_POOLS,
+    accepted_arguments,
+    check_pool_kwargs,
+    check_second_order_pool,
+    create_second_order_pool,
+    pool_cost,
+)
+from timm_gsop.layers.second_order_pool import SecondOrderPool2d
 
 __all__ = [
     "FLAVORS",
@@ -24,7 +33,9 @@ __all__ = [
     "BilinearPool2d",
     "ChannelGsop",
     "CompactBilinearPool2d",
+    "CovPool2d",
     "CovarianceExcitation",
+    "DropCovPool2d",
     "FusedGsop",
     "Gsop",
     "GsopBlock",
@@ -35,8 +46,11 @@ __all__ = [
     "OfficialIsqrtCovPool2d",
     "OfficialPositionGsop",
     "PositionGsop",
+    "SecondOrderPool2d",
+    "accepted_arguments",
     "bilinear_pool",
     "check_gsop",
+    "check_pool_kwargs",
     "check_second_order_pool",
     "compact_bilinear_pool",
     "covariance_pool",
@@ -45,6 +59,7 @@ __all__ = [
     "create_second_order_pool",
     "eigh_power",
     "newton_schulz_sqrt",
+    "pool_cost",
     "position_covariance",
     "start_at_half",
     "triu_vectorize",

@@ -9,7 +9,7 @@ Papers:
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,6 @@ from timm.models import (
     generate_default_cfgs,
     get_model_input_config,
     get_pretrained_cfg,
-    group_parameters,
     is_model,
     list_models,
     load_state_dict,
@@ -31,8 +30,9 @@ from timm.models import (
 )
 from torch import nn
 
+from timm_gsop.attach import group_with_blocks
 from timm_gsop.checks import check_choice
-from timm_gsop.insert import CHILD, evaluation_mode, insert_gsop
+from timm_gsop.insert import evaluation_mode, insert_gsop
 from timm_gsop.layers import check_gsop
 from timm_gsop.models.build import build_model
 from timm_gsop.models.global_pool import GlobalPoolMixin
@@ -64,8 +64,7 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         backbone: Name of a network of timm, with or without the tag of its weights.
         num_classes: Number of classes; 0 for no classifier.
         in_chans: Channels of the image.
-        global_pool: One of timm's pools, ``"isqrt"`` (iSQRT-COV), ``"mpn"`` (MPN-COV), ``"bilinear"``,
-            ``"compact_bilinear"``, or ``""`` for none.
+        global_pool: One of timm's pools, one of ``SECOND_ORDER_POOLS``, or ``""`` for none.
         gsop_stages: Indices into the backbone's ``feature_info``, as timm's ``out_indices``, of the stages that end
             with a block; ``()`` for none.
         gsop_type: Kind of the blocks, one of ``GSOP_TYPES``.
@@ -73,9 +72,12 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         spatial_size: In blocks by position: side of the square that the map is pooled to.
         neutral: Whether the blocks start as the identity (:func:`insert_gsop`), as pretrained weights need it. It is a
             part of the architecture: each block's output is multiplied by 2/3.
-        isqrt_dim: Channels after reduction in covariance pooling and in ``"bilinear"``, whose features are its square.
+        isqrt_dim: Channels after reduction, in every second-order pool that reduces. Covariance pooling has
+            isqrt_dim·(isqrt_dim+1)/2 features, ``"bilinear"`` its square.
         isqrt_iters: Newton–Schulz iterations in ``"isqrt"`` pooling.
         compact_bilinear_dim: Features of ``"compact_bilinear"``, which does not reduce the channels.
+        pool_kwargs: Options of ``global_pool``'s own, by the names that its layer's constructor has, for one
+            ``{"num_heads": 6}`` with ``"svpn"``.
         isqrt_drop: Dropout after covariance pooling; other pools ignore it.
         drop_rate: Dropout after any pooling. There is one dropout: with covariance pooling, the larger of the two
             rates applies.
@@ -117,6 +119,7 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         isqrt_dim: int = 256,
         isqrt_iters: int | None = None,
         compact_bilinear_dim: int = 8192,
+        pool_kwargs: Mapping[str, Any] | None = None,
         isqrt_drop: float = 0.0,
         drop_rate: float = 0.0,
         backbone_weights: dict[str, Any] | None = None,
@@ -158,6 +161,7 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
             isqrt_iters,
             "paper",
             compact_bilinear_dim=compact_bilinear_dim,
+            pool_kwargs=pool_kwargs,
             isqrt_drop=isqrt_drop,
             drop_rate=drop_rate,
             **dd,
@@ -170,16 +174,10 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         A block is in the group of its stage, all of the head in the last one. With ``--layer-decay 0.2
         --layer-decay-min-scale 0.2``, timm's train.py gives the head five times the learning rate of the backbone.
         """
-        matcher: Any = lambda name: 0  # noqa: E731  # as one, where timm does not group them
-        if hasattr(self.backbone, "group_matcher"):
-            matcher = self.backbone.group_matcher(coarse=coarse)
-        groups: dict[str, int] = group_parameters(self.backbone, matcher, reverse=True)
-        of_blocks = [name for name in groups if f".{CHILD}." in name]
-        own = {name: group for name, group in groups.items() if name not in set(of_blocks)}
-        # Unmatched names (a final norm, for one) may be alone in the last group of the backbone: that is as it was.
-        for name in of_blocks:
-            own[name] = max(_siblings(name, own), default=0)
-        ordered = {f"backbone.{name}": group for name, group in own.items()}
+        matcher = getattr(self.backbone, "group_matcher", None)
+        grouped = group_with_blocks(self.backbone, coarse, matcher)
+        names = [name for name, _ in self.backbone.named_parameters()]
+        ordered = {f"backbone.{name}": grouped(name) for name in names}
         head = max(ordered.values()) + 1
 
         def match(name: str) -> int:
@@ -376,17 +374,6 @@ def _remove_unused(backbone: nn.Module, features: _Features) -> None:
     for name, p in backbone.named_parameters():
         if name in features.unused:
             p.requires_grad_(False)
-
-
-def _siblings(name: str, groups: dict[str, int]) -> Iterator[int]:
-    """Groups of the parameters next to a block: in the module that has it as a child, or the nearest around it."""
-    around = name.partition(f".{CHILD}.")[0]
-    while around:
-        found = [group for other, group in groups.items() if other.startswith(f"{around}.")]
-        if found:
-            yield from found
-            return
-        around = around.rpartition(".")[0]
 
 
 def _check_backbone(name: Any) -> None:
