@@ -1,6 +1,7 @@
 """What the benchmarks compare computes the same, what they measure is right, and docs show what was measured."""
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -109,6 +110,46 @@ def test_the_command_that_measures(tmp_path, monkeypatch, capsys):
     assert [row["part"] for row in rows] == ["four blocks", "four blocks", "head", "excitation"]
     assert all(timing["seconds"] > 0 for row in rows for timing in row["alternatives"].values())
     assert "square root" in capsys.readouterr().out
+
+
+def test_one_command_measures_all_of_a_gpu(tmp_path, monkeypatch, capsys):
+    """On a small scale, and here without one. Compiled networks are left out."""
+    few = {"gsop_resnet50_net1": ("gsop_preresnet20_net1.untrained", {})}
+    small = dict(STAGES=((16, 4),), HEAD=(16, 4), COV_DIM=8, HEAD_DIM=8, IMAGE=32, BATCHES_GPU=(8, 4))
+    small.update(TWIN=("preresnet20.untrained", {}), WAYS={"inference": few, "training": few})
+    for name, value in small.items():
+        monkeypatch.setattr(speed, name, value)
+    monkeypatch.setenv("TIMM_GSOP_KERNELS", "1")  # restored at the end
+    file = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["speed", "gpu", "--device", "cpu", "--rounds", "2", "--json", str(file)])
+    speed.main()
+    rows = json.loads(file.read_text())["rows"]
+    of_networks, of_blocks = (
+        [
+            row
+            for row in rows
+            if "way" in row and {"twin", f"gsop_resnet50_net1{speed.WITHOUT}"} <= set(row["alternatives"])
+        ],
+        [row for row in rows if "kind" in row and f"ours{speed.WITHOUT}" in row["alternatives"]],
+    )
+    assert [(row["way"], row["batch"]) for row in of_networks] == [
+        ("inference", 8),
+        ("training", 8),
+        ("inference", 4),
+        ("training", 4),
+    ]
+    assert [row["kind"] for row in of_blocks] == ["block", "block", "head", "head"]
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("on", "1"), ("off", "0"), ("both", "1")])
+def test_kernels_are_set_while_a_work_runs(setting, expected, monkeypatch):
+    monkeypatch.setenv("TIMM_GSOP_KERNELS", "")
+    seen = []
+    works = speed.with_and_without({"a": lambda: seen.append(os.environ["TIMM_GSOP_KERNELS"])}, ["a"], setting)
+    for work in works.values():
+        work()
+    assert seen == [expected, "0"][: len(works)]
+    assert len(works) == 1 + (setting == "both")
 
 
 def test_the_pages_say_what_was_measured():

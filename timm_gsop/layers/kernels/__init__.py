@@ -1,20 +1,23 @@
 """What a GPU does in one pass, in Triton: a file an operator. Here is where they are used, and why not.
 
-Each operator has a plain path beside it that gives the same answer, everywhere. Kernels are for eager runs: the compiler
-fuses plain operations itself, and an operator that it cannot look into stops that. Triton comes with PyTorch on Linux;
-it is imported with the first operator that is used.
+Each operator has a plain path beside it that gives the same answer, everywhere. Kernels are for eager runs: the
+compiler fuses plain operations itself, and an operator that it cannot look into stops that. Triton comes with PyTorch
+on Linux; it is imported with the first operator that is used.
 """
 
 import os
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["HALF", "usable", "why_off"]
+__all__ = ["FLOATS", "HALF", "load", "usable", "why_off"]
 
 HALF = (torch.bfloat16, torch.float16)
+FLOATS = (*HALF, torch.float32)
 LIMIT = 2**31  # of the elements between the first and the last of an image: offsets within it have 32 bits
 
 
@@ -37,23 +40,27 @@ def usable(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bo
     Not where something looks at single operations or transforms them: the compiler, tracing, export, torch.fx,
     ``torch.func``, forward-mode differentiation, dispatch modes (counters of operations), subclasses of tensors.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or forward_ad._current_level >= 0
-    ):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if not all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors):
         return False
     device = tensors[0].device
+    if not (device.type == "cuda" or (device.type == "cpu" and _interpreted())) or why_off():
+        return False
+    if device.type == "cuda" and not _is_new_enough(device.index):
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
     return (
-        tensors[0].dtype in dtypes
+        forward_ad._current_level < 0
+        and tensors[0].dtype in dtypes
         and all(tensor.device == device and tensor.numel() > 0 and _extent(tensor) < LIMIT for tensor in tensors)
-        and not why_off()
-        and (device.type == "cuda" and _is_new_enough(device.index) or device.type == "cpu" and _interpreted())
     )
+
+
+def load(operator: str) -> ModuleType:
+    """The module of an operator, which imports Triton."""
+    return import_module(f"{__name__}.{operator}")
 
 
 def _extent(tensor: torch.Tensor) -> int:

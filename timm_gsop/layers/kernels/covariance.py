@@ -12,10 +12,10 @@ from torch.autograd import Function
 
 from timm_gsop.layers.gradients import gradients_of_reference
 from timm_gsop.layers.kernels import usable
-from timm_gsop.layers.kernels.launch import dense_like, has_large_memory, on_device_of, tile, triangle
-from timm_gsop.layers.kernels.plus_transpose import plus_transpose
+from timm_gsop.layers.kernels.launch import dense_like, has_large_memory, multiply, on_device_of, tile, triangle
+from timm_gsop.layers.kernels.symmetric import plus_transpose
 
-__all__ = ["Norm", "backward", "covariance", "forward"]
+__all__ = ["Norm", "backward", "forward", "map_covariance"]
 
 
 class Norm(NamedTuple):
@@ -28,10 +28,10 @@ class Norm(NamedTuple):
     eps: float
 
 
-def covariance(x: torch.Tensor) -> torch.Tensor:
+def map_covariance(x: torch.Tensor) -> torch.Tensor:
     """Covariance between channels, over positions, of a half-precision map, in float32.
 
-    Reference: ``plain_covariance`` of :mod:`timm_gsop.layers.covariance`.
+    Reference: ``_covariance`` of :mod:`timm_gsop.layers.covariance`.
 
     Args:
         x: Features, (B, C, M).
@@ -53,9 +53,9 @@ class _Covariance(Function):
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor | None:
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled() or not usable(x, grad):
-            from timm_gsop.layers.covariance import plain_covariance
+            from timm_gsop.layers.covariance import _covariance
 
-            return gradients_of_reference(plain_covariance, (x,), grad)[0]
+            return gradients_of_reference(_covariance, (x,), grad)[0]
         return backward(grad, x, ctx.mean)[0]
 
 
@@ -68,7 +68,7 @@ def forward(x: torch.Tensor, norm: Norm | None = None) -> tuple[torch.Tensor, to
     block_m = (128 if channels <= 128 else 64) if large else 32
     splits = 2 if positions >= 2048 else 1
     tiles = triton.cdiv(channels, block_c)
-    new = dict(dtype=torch.float32, device=x.device)
+    new: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
     products = torch.empty(batch, splits, channels, channels, **new)
     sums, shift = torch.empty(batch, splits, channels, **new), torch.empty(batch, channels, **new)
     with on_device_of(x):
@@ -79,10 +79,12 @@ def forward(x: torch.Tensor, norm: Norm | None = None) -> tuple[torch.Tensor, to
             products,
             sums,
             shift,
-            channels,
             positions,
             triton.cdiv(positions, splits),
+            float(min(positions, block_m)),
+            C=channels,
             SPLITS=splits,
+            SINGLE=tiles == 1,
             NORM=norm is not None,
             BLOCK_C=block_c,
             BLOCK_M=block_m,
@@ -135,9 +137,9 @@ def backward(
             dx,
             *dx.stride(),
             sums,
-            channels,
             positions,
             blocks,
+            C=channels,
             NORM=norm is not None,
             OF_BATCH=of_batch,
             BLOCK_C=block_c,
@@ -187,7 +189,8 @@ def _large_mean(y, mask, count, HALF: tl.constexpr):
 @triton.jit
 def _products(
     x_ptr, x_b, x_c, x_m, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, products_ptr, sums_ptr, shift_ptr,
-    C, M, span, SPLITS: tl.constexpr, NORM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    M, span, first, C: tl.constexpr, SPLITS: tl.constexpr, SINGLE: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Products of pairs of channels, and sums, over the positions of a split. Of a single split, also what follows."""
     HALF: tl.constexpr = x_ptr.dtype.element_ty
@@ -200,11 +203,13 @@ def _products(
     scale_j, shift_j = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, cj, C, NORM)
     x_ptr += b * x_b
     m = tl.arange(0, BLOCK_M)  # the same positions for every split
-    count = tl.minimum(M, BLOCK_M).to(tl.float32)
     mask = (m[:, None] < M) & (ci[None, :] < C)
-    large_i = _large_mean(_load(x_ptr, x_c, x_m, m, ci, mask, scale_i, shift_i, NORM), mask, count, HALF)
-    mask = (m[:, None] < M) & (cj[None, :] < C)
-    large_j = _large_mean(_load(x_ptr, x_c, x_m, m, cj, mask, scale_j, shift_j, NORM), mask, count, HALF)
+    large_i = _large_mean(_load(x_ptr, x_c, x_m, m, ci, mask, scale_i, shift_i, NORM), mask, first, HALF)
+    if SINGLE:
+        large_j = large_i
+    else:
+        mask = (m[:, None] < M) & (cj[None, :] < C)
+        large_j = _large_mean(_load(x_ptr, x_c, x_m, m, cj, mask, scale_j, shift_j, NORM), mask, first, HALF)
     products = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
     sum_i = tl.zeros((BLOCK_C,), tl.float32)
     sum_j = tl.zeros((BLOCK_C,), tl.float32)
@@ -215,15 +220,15 @@ def _products(
         y = _load(x_ptr, x_c, x_m, m, ci, mask, scale_i, shift_i, NORM)
         yi = tl.where(mask, y - large_i[None, :], 0.0).to(HALF)
         sum_i += tl.sum(yi.to(tl.float32), 0)
-        if BLOCK_C >= C:  # a single tile
-            products = tl.dot(tl.trans(yi), yi, products)
+        if SINGLE:
+            products = multiply(tl.trans(yi), yi, products)
         else:
             mask = (m[:, None] < end) & (cj[None, :] < C)
             y = _load(x_ptr, x_c, x_m, m, cj, mask, scale_j, shift_j, NORM)
             yj = tl.where(mask, y - large_j[None, :], 0.0).to(HALF)
             sum_j += tl.sum(yj.to(tl.float32), 0)
-            products = tl.dot(tl.trans(yi), yj, products)
-    if BLOCK_C >= C:
+            products = multiply(tl.trans(yi), yj, products)
+    if SINGLE:
         sum_j = sum_i
     if SPLITS == 1:
         sum_i /= M
@@ -244,8 +249,8 @@ def _products(
 @triton.jit
 def _gradient(
     x_ptr, x_b, x_c, x_m, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, center_ptr, s_ptr, size_ptr,
-    dx_ptr, dx_b, dx_c, dx_m, sums_ptr, C, M, blocks,
-    NORM: tl.constexpr, OF_BATCH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    dx_ptr, dx_b, dx_c, dx_m, sums_ptr, M, blocks,
+    C: tl.constexpr, NORM: tl.constexpr, OF_BATCH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The centred map times S, the symmetric gradient; then back through ReLU and normalization."""
     HALF: tl.constexpr = x_ptr.dtype.element_ty
@@ -262,7 +267,7 @@ def _gradient(
         y = _load(x_ptr, x_c, x_m, m, k, mask, scale, shift, NORM)
         y = tl.where(mask, y - tl.load(center_ptr + b * C + k, mask=k < C, other=0.0)[None, :], 0.0).to(HALF)
         s = tl.load(s_ptr + k[:, None] * C + c[None, :], mask=(k[:, None] < C) & (c[None, :] < C), other=0.0)
-        d = tl.dot(y, s, d)
+        d = multiply(y, s, d)
     if size_ptr is not None:
         d *= tl.load(size_ptr + b)
     mask = (m[:, None] < M) & (c[None, :] < C)

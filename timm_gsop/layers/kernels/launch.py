@@ -1,12 +1,15 @@
 """What the kernels and their launchers share."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["dense_like", "has_large_memory", "on_device_of", "tile", "triangle"]
+__all__ = ["dense_like", "has_large_memory", "multiply", "on_device_of", "tile", "triangle"]
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def on_device_of(x: torch.Tensor) -> AbstractContextManager:
@@ -30,6 +33,15 @@ def dense_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tenso
 def tile(size: int, most: int = 128) -> int:
     """A power of two that covers ``size``, from 16, the smallest that products take, to ``most``."""
     return min(most, max(16, triton.next_power_of_2(size)))
+
+
+@triton.jit
+def multiply(a, b, c):
+    """C + A B, in float32."""
+    if INTERPRETED:  # Triton's interpreter multiplies the bits of bfloat16
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), c)
+    else:
+        return tl.dot(a, b, c)
 
 
 @triton.jit

@@ -26,10 +26,11 @@ def reference(
     of_batch: bool,
 ) -> torch.Tensor:
     """The same in plain operations. The statistics of the batch are computed again, and differentiated."""
-    from timm_gsop.layers.covariance import plain_covariance
+    from timm_gsop.layers.covariance import _covariance
 
-    statistics = (None, None) if of_batch else (mean, var)
-    return plain_covariance(F.relu(F.batch_norm(z, *statistics, weight, bias, of_batch, 0.0, eps)).flatten(2))
+    running_mean, running_var = (None, None) if of_batch else (mean, var)
+    y = F.relu(F.batch_norm(z, running_mean, running_var, weight, bias, of_batch, 0.0, eps))
+    return _covariance(y.flatten(2))
 
 
 def norm_relu_covariance(
@@ -163,9 +164,7 @@ def _through_statistics(
 
 
 @triton.jit
-def _statistics(
-    z_ptr, z_b, z_c, z_m, parts_ptr, C, M, span, splits, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr
-):
+def _statistics(z_ptr, z_b, z_c, z_m, parts_ptr, C, M, span, splits, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr):
     """Count, mean and sum of squared differences from it, of the positions of a split. Its first one is the shift."""
     b = (tl.program_id(0) // splits).to(tl.int64)
     start = tl.program_id(0) % splits * span
@@ -185,7 +184,7 @@ def _statistics(
     count = (end - start).to(tl.float32)
     total = tl.sum(first, 0)
     parts_ptr += tl.program_id(0).to(tl.int64) * 3 * C
-    tl.store(parts_ptr + c, total * 0.0 + count, mask=c < C)
+    tl.store(parts_ptr + c, tl.zeros((BLOCK_C,), tl.float32) + count, mask=c < C)
     tl.store(parts_ptr + C + c, shift + total / count, mask=c < C)
     tl.store(parts_ptr + 2 * C + c, tl.sum(second, 0) - total * total / count, mask=c < C)
 

@@ -8,15 +8,13 @@ import triton.language as tl
 from torch.autograd import Function
 
 from timm_gsop.layers.gradients import gradients_of_reference
-from timm_gsop.layers.kernels import usable
+from timm_gsop.layers.kernels import FLOATS, usable
 from timm_gsop.layers.kernels.launch import dense_like, on_device_of
 
-__all__ = ["DTYPES", "rescale"]
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+__all__ = ["scale_channels"]
 
 
-def rescale(x: torch.Tensor, weights: torch.Tensor, shortcut: float, scale: float) -> torch.Tensor:
+def scale_channels(x: torch.Tensor, weights: torch.Tensor, shortcut: float, scale: float) -> torch.Tensor:
     """Return ``scale · (shortcut · x + x · weights)``. The factor is computed in float32.
 
     Reference: :func:`timm_gsop.layers.gsop.plain_rescale`.
@@ -42,7 +40,7 @@ class _Rescale(Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weights = ctx.saved_tensors
-        if torch.is_grad_enabled() or not usable(grad, x, weights, dtypes=DTYPES):
+        if torch.is_grad_enabled() or not usable(grad, x, weights, dtypes=FLOATS):
             from timm_gsop.layers.gsop import plain_rescale
 
             return *gradients_of_reference(plain_rescale, (x, weights), grad, *ctx.factors), None, None
