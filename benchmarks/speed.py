@@ -6,14 +6,15 @@ down-sampled either, without blocks. ``pieces``: the steps of GSoP-Net1's blocks
 time and operations against the size. ``recipes``: a step of train_configs/fashion_mnist. ``heads``: second_order's.
 ``gpu``: networks with the package's kernels, without, and compiled, at 256 and 32 images, and blocks, in one go.
 
-``--kernels both`` compares networks and blocks with and without the GPU's kernels. ``--json`` keeps the figures. ``--against DIR`` compares blocks and networks with those of another checkout.
+``--json`` keeps the figures. ``--against DIR`` compares blocks and networks with those of another checkout.
+``--kernels both`` compares networks and blocks with and without the kernels for GPUs.
 """
 
 import json
 import math
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -99,17 +100,17 @@ def floor(kind: str, channels: int, positions: int, training: bool, speed: Mappi
     return (3 if training else 1) * sum(max(m / speed["macs"], 4 * v / speed["bytes"]) for m, v in pieces)
 
 
-def with_kernels(work: Work, setting: str) -> Work:
+def with_kernels(work: Callable[[], Any], setting: str) -> Callable[[], Any]:
     """The same, run with the GPU's kernels, "on", or without, "off"."""
 
-    def run() -> None:
+    def run() -> Any:
         os.environ["TIMM_GSOP_KERNELS"] = "0" if setting == "off" else "1"
-        work()
+        return work()
 
     return run
 
 
-def with_and_without(works: dict[str, Work], names: Iterable[str], setting: str) -> dict[str, Work]:
+def with_and_without(works: dict[str, Any], names: Iterable[str], setting: str) -> dict[str, Any]:
     """Works with kernels as they are set; "both" adds those of ``names`` without."""
     found = {name: with_kernels(work, setting) for name, work in works.items()}
     if setting == "both":
@@ -133,7 +134,9 @@ def blocks(args: Namespace) -> Groups:
             works = with_and_without(works, ["ours"], args.kernels)
             what = dict(kind=kind, channels=channels, size=size, training=training)
             what["floor"] = args.batch * floor(kind, channels, size**2, training, speed)
-            what["bytes"] = {name: saved_bytes(module, x) for name, module in modules.items() if training}
+            kept = {name: partial(saved_bytes, module, x) for name, module in modules.items() if training}
+            kept = with_and_without(kept, ["ours"] if training else [], args.kernels)
+            what["bytes"] = {name: count() for name, count in kept.items()}
             yield what, works
 
 
@@ -285,9 +288,7 @@ def main() -> None:
     options.add_argument("--against", type=Path, metavar="DIR", help="another checkout, for blocks and networks")
     options.add_argument("--ways", nargs="+", default=["inference", "training"], choices=WAYS, help="of networks")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), help="of networks, or with --against")
-    options.add_argument(
-        "--kernels", default="on", choices=("on", "off", "both"), help="of a GPU, in networks and blocks"
-    )
+    options.add_argument("--kernels", default="on", choices=("on", "off", "both"), help="in networks and blocks")
     options.add_argument("--batch", type=int, help="images (default: 16 on a CPU, 256 on a GPU)")
     args = options.parse_args()
     if args.against and args.what not in AGAINST:

@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tests.tolerances import TOLERANCES, gradient_error, output_error
 from timm_gsop import ChannelGsop, GsopBlock, IsqrtCovPool2d, MpnCovPool2d, covariance_pool, newton_schulz_sqrt
@@ -269,6 +270,15 @@ def test_a_graph_that_is_kept_gives_the_same_gradient_twice(monkeypatch):
     inputs = [x, *block.parameters()]
     first, second = (torch.autograd.grad(y, inputs, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_checkpointed_block_has_the_same_gradients():
+    block, x = GsopBlock(ChannelGsop(5, 4).to(DEVICE)).train(), features((3, 5, 4, 4), torch.bfloat16)
+    results = []
+    for module in (block, checkpoint_wrapper(copy.deepcopy(block))):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            results.append(with_gradients(module, x))
+    assert_near(*results, 1e-6, 1e-6)
 
 
 def watched(reduction: ChannelReduction) -> list[Callable[[], None]]:
