@@ -47,6 +47,7 @@ Groups = Iterator[tuple[dict[str, Any], dict[str, Work]]]
 
 BATCHES_GPU = (256, 32)
 IMAGE = 224
+SIDE, COPIED = 4096, 2**26  # of the product and the copy that give the machine's speed
 POOLS = ("avg", *SECOND_ORDER_POOLS)
 STAGES, HEAD = ((256, 56), (512, 28), (1024, 14), (2048, 14)), (2048, 14)
 COV_DIM, HEAD_DIM = 128, 256
@@ -120,10 +121,10 @@ def with_and_without(works: dict[str, Any], names: Iterable[str], setting: str) 
 
 def blocks(args: Namespace) -> Groups:
     """Blocks and heads, beside their peers and the least time by the machine's speed in a product and in a copy."""
-    a, big = torch.randn(4096, 4096), torch.randn(2**26)
+    a, big = torch.randn(SIDE, SIDE), torch.randn(COPIED)
     copy = torch.empty_like(big)
     product, copying = (min(seconds(work) for _ in range(10)) for work in (lambda: a @ a, lambda: copy.copy_(big)))
-    speed = dict(macs=4096**3 / product, bytes=8 * 2**26 / copying)
+    speed = dict(macs=SIDE**3 / product, bytes=8 * COPIED / copying)
     for kind, channels, size in [*(("block", *stage) for stage in STAGES), ("head", *HEAD)]:
         x = features(args.batch, channels, size)
         for training in PASSES:

@@ -114,9 +114,9 @@ def test_the_command_that_measures(tmp_path, monkeypatch, capsys):
 
 def test_one_command_measures_all_of_a_gpu(tmp_path, monkeypatch, capsys):
     """On a small scale, and here without one. Compiled networks are left out."""
-    few = {"gsop_resnet50_net1": ("gsop_preresnet20_net1.untrained", {})}
-    small = dict(STAGES=((16, 4),), HEAD=(16, 4), COV_DIM=8, HEAD_DIM=8, IMAGE=32, BATCHES_GPU=(8, 4))
-    small.update(TWIN=("preresnet20.untrained", {}), WAYS={"inference": few, "training": few})
+    few = {"gsop_resnet50_net1": ("gsop_preresnet20_net1.untrained", dict(depth=1, cov_dim=4))}
+    small = dict(STAGES=((16, 4),), HEAD=(16, 4), COV_DIM=8, HEAD_DIM=8, IMAGE=32, BATCHES_GPU=(8, 4), SIDE=64)
+    small.update(COPIED=2**10, TWIN=("preresnet20.untrained", dict(depth=1)), WAYS={"inference": few, "training": few})
     for name, value in small.items():
         monkeypatch.setattr(speed, name, value)
     monkeypatch.setenv("TIMM_GSOP_KERNELS", "1")  # restored at the end
