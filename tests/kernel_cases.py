@@ -196,7 +196,7 @@ def assert_same_statistics(bn: nn.BatchNorm2d, double: nn.BatchNorm2d) -> None:
 def test_normalization_relu_and_covariance(dtype, layout, size, training, launches):
     reduction, double = (module.train(training) for module in reductions(dtype, size[1]))
     x = features(size, dtype, layout)
-    assert can_fuse(reduction, x)
+    assert can_fuse(reduction, x) == (size[2] > 1)  # else someone warns
     results = []
     for module, x_ in ((reduction, x), (double, x.double())):
         x_ = x_.requires_grad_()

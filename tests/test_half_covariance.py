@@ -6,7 +6,7 @@ import torch
 
 from tests.tolerances import TOLERANCES, gradient_error, output_error
 from timm_gsop import covariance_pool
-from timm_gsop.layers import covariance, half_covariance
+from timm_gsop.layers import half_covariance
 from timm_gsop.layers.half_covariance import has_exact_products
 
 HALF = (torch.bfloat16, torch.float16)
@@ -31,15 +31,16 @@ def products_in_steps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(total)
 
 
+class Pooled(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return covariance_pool(x)
+
+
 @pytest.fixture(params=[products_in_float32, products_in_steps], ids=lambda product: product.__name__)
 def emulated(request, monkeypatch) -> None:
-    """PyTorch's condition, but for the device."""
     monkeypatch.setattr(half_covariance, "_product", request.param)
-
-    def has_products(x: torch.Tensor) -> bool:
-        return x.dtype in HALF and not (torch.is_grad_enabled() and x.requires_grad)
-
-    monkeypatch.setattr(covariance, "has_exact_products", has_products)
+    monkeypatch.setattr(half_covariance, "_is_on_nvidias_gpu", lambda x: True)
+    monkeypatch.setattr(half_covariance, "_BMM_HAS_OUT_DTYPE", True)
 
 
 @pytest.mark.usefixtures("emulated")
@@ -92,6 +93,31 @@ def test_second_derivatives_are_those_of_float32():
         (first,) = torch.autograd.grad(covariance_pool(x).square().sum(), x, create_graph=True)
         results.append(torch.autograd.grad(first.square().sum(), x)[0])
     assert gradient_error(*results) <= 2e-2
+
+
+def doubled(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return 2 * products_in_float32(a, b)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_the_compiler_gets_it_too_and_exported_graphs_do_not(backend, monkeypatch):
+    """Seen by a product that is wrong by two, in the value and in the gradient."""
+    monkeypatch.setattr(half_covariance, "_product", doubled)
+    x = torch.randn(2, 3, 5, 5).bfloat16()
+    x = (x - x.float().mean((2, 3), keepdim=True)).bfloat16().requires_grad_()
+    expected = covariance_pool(x)
+    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    monkeypatch.setattr(half_covariance, "_is_on_nvidias_gpu", lambda x: True)
+    monkeypatch.setattr(half_covariance, "_BMM_HAS_OUT_DTYPE", True)
+    torch.compiler.reset()
+    compiled = torch.compile(covariance_pool, backend=backend, fullgraph=True)
+    for function in (covariance_pool, compiled):
+        cov = function(x)
+        (gradient,) = torch.autograd.grad((cov / 2).square().sum(), x)
+        torch.testing.assert_close(cov, 2 * expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(gradient, 2 * expected_gradient / 2, rtol=5e-2, atol=5e-2)
+    exported = torch.export.export(Pooled(), (x.detach(),)).module()
+    torch.testing.assert_close(exported(x.detach()), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_only_where_pytorch_has_it():

@@ -64,6 +64,23 @@ def test_why_no_kernel_is_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    for new_enough, expected in ((False, "the GPU is older than NVIDIA's Ampere"), (True, "")):
-        monkeypatch.setattr(kernels, "_is_new_enough", lambda index, answer=new_enough: answer)
-        assert kernels.why_off() == expected
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    kernels._why_not_on.cache_clear()
+    assert kernels.why_off() == "not an NVIDIA GPU from Ampere on"
+    kernels._why_not_on.cache_clear()
+
+
+def test_a_triton_that_fails_is_said_once_and_not_used(monkeypatch):
+    """Without a C compiler, say."""
+
+    def fail(operator: str):
+        raise RuntimeError("Failed to find C compiler.\nMore")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(kernels, "load", fail)
+    kernels._why_not_on.cache_clear()
+    with pytest.warns(UserWarning, match="uses no GPU kernels, and is slower. Triton fails: Failed to find C compiler"):
+        assert kernels._why_not_on(0) == "Triton fails: Failed to find C compiler."
+    assert kernels._why_not_on(0)  # no second warning, which would be an error
+    kernels._why_not_on.cache_clear()

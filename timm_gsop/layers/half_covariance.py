@@ -14,17 +14,23 @@ _BMM_HAS_OUT_DTYPE = TorchVersion(torch.__version__) >= "2.8"
 
 
 def has_exact_products(x: torch.Tensor) -> bool:
-    """Whether PyTorch multiplies half-precision matrices of the device of ``x`` to float32. It cannot derive that."""
-    return (
-        _BMM_HAS_OUT_DTYPE
-        and x.is_cuda
-        and torch.version.cuda is not None
-        and (x.dtype == torch.bfloat16 or x.dtype == torch.float16)
-        and not (torch.is_grad_enabled() and x.requires_grad)
-        and not torch.jit.is_tracing()  # converters do not know it
-        and not torch.compiler.is_exporting()
-        and not torch._C._are_functorch_transforms_active()
+    """Whether PyTorch multiplies half-precision matrices of the device of ``x`` to float32, and may do so here.
+
+    It can neither derive nor batch that, and converters of traces and exported graphs do not know it.
+    """
+    if not (_BMM_HAS_OUT_DTYPE and _is_on_nvidias_gpu(x) and x.dtype in (torch.bfloat16, torch.float16)):
+        return False
+    if torch.compiler.is_compiling():  # which takes the gradient that we give it, and no second one
+        return not torch.compiler.is_exporting()
+    return not (
+        (torch.is_grad_enabled() and x.requires_grad)
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
     )
+
+
+def _is_on_nvidias_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.version.cuda is not None
 
 
 def half_covariance(x: torch.Tensor) -> torch.Tensor:

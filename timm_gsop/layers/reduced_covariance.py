@@ -16,10 +16,13 @@ __all__ = ["can_fuse", "fused_covariance"]
 def can_fuse(reduction: nn.Module, x: torch.Tensor) -> bool:
     """Whether :func:`fused_covariance` may take the place of ``covariance_pool(reduction(x))``.
 
-    Only where normalization and ReLU are PyTorch's own, and nobody watches or replaces what they return.
+    Only where normalization and ReLU are PyTorch's own, and nobody watches or replaces what they return. A map of one
+    position is left to those who warn of it.
     """
     return (
         kernels.usable(x, dtypes=kernels.FLOATS)
+        and x.ndim == 4
+        and x.shape[2] * x.shape[3] > 1
         and type(reduction) is ChannelReduction
         and list(reduction._modules) == ["conv", "bn", "act"]
         and type(reduction.bn) is nn.BatchNorm2d
@@ -41,7 +44,7 @@ def fused_covariance(reduction: Any, x: torch.Tensor) -> torch.Tensor:
     z, bn = reduction.conv(x), reduction.bn
     of_batch = bn.training or bn.running_mean is None
     too_few = of_batch and z.numel() == z.shape[1]  # PyTorch's has an error for it
-    if z.ndim != 4 or too_few or not kernels.usable(z, bn.weight, bn.bias):
+    if too_few or not kernels.usable(z, bn.weight, bn.bias):
         return covariance_pool(reduction.act(bn(z)))
     operators = kernels.load("norm_covariance")
     if not of_batch:

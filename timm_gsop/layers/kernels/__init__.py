@@ -6,6 +6,7 @@ on Linux; it is imported with the first operator that is used.
 """
 
 import os
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,7 +24,7 @@ LIMIT = 2**31  # of the elements between the first and the last of an image: off
 
 def why_off() -> str:
     """Why no kernel is used on this machine; "" where they are."""
-    if os.environ.get("TIMM_GSOP_KERNELS") == "0":
+    if _switched_off():
         return "TIMM_GSOP_KERNELS=0"
     if not _triton_is_installed():
         return "triton is not installed"
@@ -31,7 +32,7 @@ def why_off() -> str:
         return ""
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return "no NVIDIA GPU"
-    return "" if _is_new_enough(torch.cuda.current_device()) else "the GPU is older than NVIDIA's Ampere"
+    return _why_not_on(torch.cuda.current_device())
 
 
 def usable(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bool:
@@ -45,9 +46,9 @@ def usable(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bo
     if not all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors):
         return False
     device = tensors[0].device
-    if not (device.type == "cuda" or (device.type == "cpu" and _interpreted())) or why_off():
+    if not (device.type == "cuda" or (device.type == "cpu" and _interpreted())):
         return False
-    if device.type == "cuda" and not _is_new_enough(device.index):
+    if _switched_off() or not _triton_is_installed():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
@@ -55,6 +56,7 @@ def usable(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bo
         forward_ad._current_level < 0
         and tensors[0].dtype in dtypes
         and all(tensor.device == device and tensor.numel() > 0 and _extent(tensor) < LIMIT for tensor in tensors)
+        and not (device.type == "cuda" and _why_not_on(device.index))
     )
 
 
@@ -69,6 +71,10 @@ def _extent(tensor: torch.Tensor) -> int:
     return max(sum((n - 1) * s for n, s in zip(sizes, strides, strict=True)), sizes.numel())
 
 
+def _switched_off() -> bool:
+    return os.environ.get("TIMM_GSOP_KERNELS") == "0"
+
+
 def _interpreted() -> bool:
     """Whether Triton runs kernels on the CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -80,6 +86,14 @@ def _triton_is_installed() -> bool:
 
 
 @cache
-def _is_new_enough(index: int) -> bool:
-    """Ampere is the first that multiplies matrices of bfloat16."""
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (8, 0)
+def _why_not_on(index: int) -> str:
+    """Why a GPU runs no kernels; "" where it does. The smallest one is tried once: Triton needs a C compiler."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(index) < (8, 0):
+        return "not an NVIDIA GPU from Ampere on"  # the first that multiplies matrices of bfloat16
+    try:
+        load("symmetric").plus_transpose(torch.ones(1, 1, 1, device=torch.device("cuda", index)))
+    except Exception as error:
+        reason = f"Triton fails: {(str(error) or type(error).__name__).splitlines()[0]}"
+        warnings.warn(f"timm_gsop uses no GPU kernels, and is slower. {reason}", stacklevel=3)
+        return reason
+    return ""
