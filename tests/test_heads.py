@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from tests import head_oracles
-from tests.layers import randomize
+from tests.layers import CHANNELS, HEADS, randomize
+from tests.versions import skip_before_torch_2_6
 from timm_gsop import BdcPool2d, CovPool2d, DropCovPool2d, MomentPool2d, SvpnPool2d
 from timm_gsop.layers.bdc_pool import channel_distances
 from timm_gsop.layers.dropcov_pool import drop_rate_of, weigh_and_drop
@@ -242,3 +243,19 @@ def test_initial_weights_are_the_published_ones():
     for pool in (DropCovPool2d(64, 256), BdcPool2d(64, 256)):
         assert pool.reduction.conv.weight.std().item() == pytest.approx(math.sqrt(2 / 256), rel=0.05)
     assert SvpnPool2d(256).proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@skip_before_torch_2_6(reason="PyTorch's exporter is older than this way to ask")
+@pytest.mark.parametrize("kind", ["dropcov", "bdc", "svpn", "moment"])
+def test_onnx(kind, tmp_path):
+    """The batch is free."""
+    import onnxruntime
+
+    pool, x = randomize(HEADS[kind]()).eval(), torch.randn(2, CHANNELS, 5, 5)
+    batch = torch.export.Dim("batch")
+    program = torch.onnx.export(pool, (x,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    program.save(tmp_path / "pool.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "pool.onnx", providers=["CPUExecutionProvider"])
+    for images in (x, torch.randn(5, CHANNELS, 5, 5)):
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), pool(images).detach(), rtol=1e-3, atol=1e-4)

@@ -40,6 +40,7 @@ class CovPool2d(SecondOrderPool2d):
 
     pool_type = "cov"
     take_when = "you compare: the covariance as it is"
+    normalization = "not normalized"  # what `normalize` gives, in words
     shared: ClassVar[Mapping[str, str]] = {"isqrt_dim": "dim"}
 
     def __init__(
@@ -97,6 +98,7 @@ class IsqrtCovPool2d(CovPool2d):
 
     pool_type = "isqrt"
     take_when = "you want second-order statistics: start here"
+    normalization = "square root"
     shared: ClassVar[Mapping[str, str]] = {"isqrt_dim": "dim", "isqrt_iters": "num_iters"}
 
     def __init__(
@@ -139,6 +141,7 @@ class MpnCovPool2d(CovPool2d):
 
     pool_type = "mpn"
     take_when = "you want the exact root; not for ONNX"
+    normalization = "square root"
 
     def normalize(self, cov: torch.Tensor) -> torch.Tensor:
         """Square root, (B, dim, dim)."""
