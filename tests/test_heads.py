@@ -245,17 +245,28 @@ def test_initial_weights_are_the_published_ones():
     assert SvpnPool2d(256).proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
+class Heads(nn.Module):
+    """Several heads of the same features."""
+
+    def __init__(self, kinds: list[str]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([randomize(HEADS[kind]()) for kind in kinds])
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [head(x) for head in self.heads]
+
+
 @skip_before_torch_2_6(reason="PyTorch's exporter is older than this way to ask")
-@pytest.mark.parametrize("kind", ["dropcov", "bdc", "svpn", "moment"])
-def test_onnx(kind, tmp_path):
+def test_onnx(tmp_path):
     """The batch is free."""
     import onnxruntime
 
-    pool, x = randomize(HEADS[kind]()).eval(), torch.randn(2, CHANNELS, 5, 5)
+    heads, x = Heads(["dropcov", "bdc", "svpn", "moment"]).eval(), torch.randn(2, CHANNELS, 5, 5)
     batch = torch.export.Dim("batch")
-    program = torch.onnx.export(pool, (x,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
-    program.save(tmp_path / "pool.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "pool.onnx", providers=["CPUExecutionProvider"])
+    program = torch.onnx.export(heads, (x,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    program.save(tmp_path / "heads.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "heads.onnx", providers=["CPUExecutionProvider"])
     for images in (x, torch.randn(5, CHANNELS, 5, 5)):
-        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), pool(images).detach(), rtol=1e-3, atol=1e-4)
+        found = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        for result, expected in zip(found, heads(images), strict=True):
+            torch.testing.assert_close(torch.from_numpy(result), expected.detach(), rtol=1e-3, atol=1e-4)
