@@ -1,5 +1,7 @@
 """Global second-order pooling (GSoP): reduction → covariance → excitation → rescale (paper section 3, Table 2)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,6 +12,7 @@ from timm_gsop.checks import (
     check_ndim,
     check_positive,
     check_positive_int,
+    warn_of_one_position,
 )
 from timm_gsop.layers.adaptive_pool import adaptive_avg_pool2d
 from timm_gsop.layers.channel_reduction import ChannelReduction
@@ -38,6 +41,7 @@ for _leaf in (
     "covariance_pool",
     "position_covariance",
     "rescale",
+    "warn_of_one_position",
 ):
     torch.fx.wrap(_leaf)
 
@@ -192,6 +196,8 @@ class ChannelGsop(Gsop):
 
     def covariance(self, reduced: torch.Tensor) -> torch.Tensor:
         """Covariance between channels, (B, d, H, W) to (B, d, d)."""
+        if not torch.jit.is_scripting():
+            warn_of_one_position("A channel-wise GSoP block", reduced)
         return covariance_pool(reduced)
 
 
@@ -248,7 +254,19 @@ class PositionGsop(Gsop):
         return F.interpolate(weights, size=(x.shape[2], x.shape[3]), mode="bilinear", align_corners=False)
 
 
-class Average(nn.Module):
+class Fuse(nn.Module):
+    """What makes one tensor of two, the part ``fuse`` of a :class:`Fusion`.
+
+    timm's ``reparameterize_model`` takes ``fuse()`` of whatever has it, without arguments, for a function that returns
+    a module's replacement. So without arguments, this returns the module that it is a part of.
+    """
+
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        """Fuse two tensors."""
+        return super().__call__(*tensors) if tensors else vars(self)["whole"]
+
+
+class Average(Fuse):
     """Mean of two tensors."""
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -256,7 +274,7 @@ class Average(nn.Module):
         return (a + b) / 2
 
 
-class Maximum(nn.Module):
+class Maximum(Fuse):
     """Elementwise maximum of two tensors."""
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -264,7 +282,7 @@ class Maximum(nn.Module):
         return torch.maximum(a, b)
 
 
-class Concatenation(nn.Module):
+class Concatenation(Fuse):
     """Concatenation of the channels of two tensors, and a 1×1 convolution back to the channels of one.
 
     Args:
@@ -297,11 +315,12 @@ class Fusion(nn.Module):
         fuse: Makes one tensor of the two that they return.
     """
 
-    def __init__(self, channel: Gsop, position: Gsop, fuse: nn.Module) -> None:
+    def __init__(self, channel: Gsop, position: Gsop, fuse: Fuse) -> None:
         super().__init__()
         self.channel = channel
         self.position = position
         self.fuse = fuse
+        vars(fuse)["whole"] = self  # no child
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scale ``x``, (B, C, H, W), in both ways, and fuse the results."""
@@ -340,7 +359,7 @@ class FusedGsop(Fusion):
         check_choice("fusion", fusion, FUSIONS)
         channel = ChannelGsop(channels, cov_dim, device=device, dtype=dtype)
         position = PositionGsop(channels, cov_dim, spatial_size, device=device, dtype=dtype)
-        fuse: nn.Module
+        fuse: Fuse
         if fusion == "avg":
             fuse = Average()
         elif fusion == "max":
