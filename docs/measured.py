@@ -119,7 +119,7 @@ def heads_tables(result: Mapping[str, Any]) -> tuple[str, str]:
     """What each head is for; and its cost with 200 classes on each backbone, relative to average pooling."""
     what, cost = [], []
     backbones = list(dict.fromkeys(row["backbone"] for row in result["rows"]))
-    inference, training = ([row for row in result["rows"] if row["training"] == way] for way in (False, True))
+    passes = [[row for row in result["rows"] if row.get("training", False) == way] for way in PASSES]
     for pool in ("avg", *SECOND_ORDER_POOLS):
         figures = []
         for backbone in backbones:
@@ -129,19 +129,20 @@ def heads_tables(result: Mapping[str, Any]) -> tuple[str, str]:
             params = sum(p.numel() for part in (model.global_pool, model.fc) for p in part.parameters())
             macs = count_macs(lambda head=model.forward_head, x=features: head(x))[""]
             figures.append([f"{model.head_hidden_size}", f"{params / 1e6:.2f}", f"{macs / 1e9:.3f}"])
-        times = [[f"{row['alternatives'][pool]['ratio']:.2f}×" for row in rows] for rows in (inference, training)]
-        memory = [f"{row['bytes'][pool] / row['bytes']['avg']:.2f}×" for row in training]
-        columns = [*zip(*figures, strict=True), *times, memory]
-        cost.append([f'`"{pool}"`', *(" / ".join(column) for column in columns)])
+        times = [[row["alternatives"].get(pool, {}).get("ratio") for row in rows] for rows in passes if rows]
+        times += [[row["bytes"].get(pool, 0) / row["bytes"]["avg"] for row in passes[True]]] if passes[True] else []
+        measured = [[f"{ratio:.2f}×" if ratio else "–" for ratio in column] for column in times]
+        cost.append([f'`"{pool}"`', *(" / ".join(column) for column in [*zip(*figures, strict=True), *measured])])
         if pool != "avg":
             pool_class = SECOND_ORDER_POOLS[pool]
-            doc = (inspect.getdoc(pool_class) or "").splitlines()[0]
-            options = ", ".join(f"`{name}`" for name in (*accepted_arguments(pool), *pool_class.options()))
-            what.append([f'`"{pool}"`', doc, pool_class.take_when, options])
-    names = ("features", "parameters (M)", "GMACs", "inference", "training", "memory in training")
+            doc = (inspect.getdoc(pool_class) or "").splitlines()[0].removesuffix(".")
+            options = [f"`{name}`" for name in (*accepted_arguments(pool), *pool_class.options())]
+            what.append([f'`"{pool}"`', doc, pool_class.take_when, ", ".join(options)])
+    names = ["features", "parameters (M)", "GMACs", "inference", "training", "memory in training"]
+    names = names if passes[True] else names[:4]
     return (
-        table(["`global_pool`", "what it is", "take it when", "arguments and `pool_kwargs`"], what),
-        table(["`global_pool`", *names], cost),
+        table(["`global_pool`", "what it is", "take it when", "arguments, and options in `pool_kwargs`"], what),
+        table(["`global_pool`", *(f"{name}, {' / '.join(backbones)}" for name in names)], cost),
     )
 
 

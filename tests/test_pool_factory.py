@@ -80,7 +80,7 @@ def test_the_official_flavor_has_its_own_pool():
     ("pool_type", "pool_kwargs", "message"),
     [
         ("svpn", {"heads": 2}, "heads=2, which is no option of global_pool='svpn'; accepted: 'num_heads', 'head_dim'"),
-        ("isqrt", {"dim": 8}, "dim=8, .*accepted: none, because it has no options.* Its dim is set by isqrt_dim"),
+        ("mpn", {"dim": 8}, "dim=8, .*accepted: none, because it has no options.* Its dim is set by isqrt_dim"),
         ("avg", {"num_heads": 2}, "no option of global_pool='avg'; accepted: none"),
         ("svpn", "num_heads=2", "pool_kwargs='num_heads=2' .*must be a dictionary, or None"),
         ("svpn", {"num_heads": 0}, "num_heads=0 .*integer >= 1"),
