@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.timing import peak_bytes
 from tests import head_oracles
 from tests.layers import CHANNELS, HEADS, randomize
 from tests.versions import skip_before_torch_2_6
@@ -243,6 +244,15 @@ def test_initial_weights_are_the_published_ones():
     for pool in (DropCovPool2d(64, 256), BdcPool2d(64, 256)):
         assert pool.reduction.conv.weight.std().item() == pytest.approx(math.sqrt(2 / 256), rel=0.05)
     assert SvpnPool2d(256).proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("create", "pairs"),
+    [(lambda: BdcPool2d(64, None), 64**2), (lambda: SvpnPool2d(64), 6 * 24**2), (lambda: MomentPool2d(64), 3 * 128**2)],
+)
+def test_memory_in_training_is_far_below_that_of_every_pair_of_channels(create, pairs):
+    pool, x = create().train(), torch.randn(4, 64, 48, 48, requires_grad=True)
+    assert peak_bytes(lambda: pool(x).sum().backward()) < 4 * pairs * x[:, 0].numel() / 4
 
 
 class Heads(nn.Module):

@@ -46,7 +46,7 @@ class CovPool2d(SecondOrderPool2d):
     """
 
     pool_type = "cov"
-    take_when = "you compare: the covariance as it is"
+    take_when = "you want a covariance without a root to compare with"
     normalization = "not normalized"  # what `normalize` gives, in words
     shared: ClassVar[Mapping[str, str]] = {"isqrt_dim": "dim"}
 
