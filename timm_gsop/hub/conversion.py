@@ -110,7 +110,7 @@ def convert(
         and timm.is_model(checkpoint.partition(".")[0])
         and not Path(checkpoint).exists()
     ):
-        return _save_pretrained(checkpoint, folder, given, data_config)
+        return _save_pretrained(checkpoint, folder, given, data_config, label_names)
     base = find_base(checkpoint) if source == "timm" else _released_base(source, Path(checkpoint), model_name, given)
     name = _name_for(base, checkpoint, model_name)
     kwargs = {**base.arguments_for(name), **given}
@@ -154,13 +154,21 @@ def _name_for(base: Base, checkpoint: str, model_name: str | None) -> str:
     return name
 
 
-def _save_pretrained(name: str, folder: Path, given: dict[str, Any], data_config: dict[str, Any] | None) -> nn.Module:
+def _save_pretrained(
+    name: str,
+    folder: Path,
+    given: dict[str, Any],
+    data_config: dict[str, Any] | None,
+    label_names: Path | None,
+) -> nn.Module:
     """Save one of our networks with its pretrained weights."""
     cfg = get_pretrained_cfg(name) if is_ours(name) else None
     if cfg is None or not cfg.has_weights:
         raise ValueError(_NO_NAME.format(checkpoint=name))
     model = timm.create_model(name, pretrained=True, **given).eval()
     labels = dict(label_names=cfg.label_names) if cfg.label_names and model.num_classes == cfg.num_classes else None
+    if label_names is not None:
+        labels = read_labels(label_names, model.num_classes)
     save_hub_folder(model, folder, data_config, cfg, labels)
     return model
 

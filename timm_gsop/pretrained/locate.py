@@ -223,7 +223,8 @@ def _unavailable(
         places = ", ".join(failures)
         reason = "; ".join(f"{urlparse(address).netloc}: {error}" for address, error in failures.items())
         copy = f"fetch the file in a browser ({page_of(str(cfg.url))}) and pass it"
-        convert = ", or python hub/convert.py --from fast-mpn-cov PATH FOLDER"
+        is_released = len(addresses_of(str(cfg.url))) > 1
+        convert = ", or python hub/convert.py --from fast-mpn-cov PATH FOLDER" if is_released else ""
     else:
         places = " or ".join(place for place in (cfg.hf_hub_id and f"the Hub as {cfg.hf_hub_id}", cfg.url) if place)
         lines = str(cause).strip().splitlines()
