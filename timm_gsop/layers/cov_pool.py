@@ -90,7 +90,7 @@ class IsqrtCovPool2d(_CovPool2d):
     ) -> None:
         check_positive_int("num_iters", num_iters)
         super().__init__(in_features, dim, device=device, dtype=dtype)
-        self.num_iters = num_iters
+        self.num_iters = int(num_iters)  # TorchScript knows no integers of NumPy's
 
     def normalize(self, cov: torch.Tensor) -> torch.Tensor:
         """Approximate square root, (B, dim, dim)."""
