@@ -60,11 +60,14 @@ if __name__ == "__main__":
     parser.add_argument("output", type=Path, nargs="?", default=Path("textures.png"))
     (x, y), output, figure = textures(100, 0), parser.parse_args().output, new_figure(9, 5)
     pictures, bars = figure.subplots(2, 1, height_ratios=(1, 3))
-    pictures.imshow(torch.cat([x[y == k][0, 0] for k in range(10)], dim=1), cmap="gray")
+    pictures.imshow(torch.cat([nn.ZeroPad2d((2, 2))(x[y == k][0, 0]) for k in range(10)], dim=1), cmap="gray")
+    pictures.set_axis_off()
     for i, filters in enumerate(("frozen filters", "trained filters")):
         scores = torch.tensor([[accuracy(row, bool(i), seed) for seed in (1, 2, 3)] for row in ROWS])
-        print(filters, dict(zip(ROWS, scores.tolist(), strict=True)))
+        print(
+            filters, *(f"{row} {s.mean():.1f} ± {s.std():.1f}" for row, s in zip(ROWS, scores, strict=True)), sep="; "
+        )
         bars.bar_label(bars.barh(torch.arange(6) + 0.4 * i, scores.mean(1), 0.4, label=filters), fmt="%.1f")
-    bars.set(yticks=torch.arange(6) + 0.2, yticklabels=ROWS, xlabel="accuracy (%)", xlim=(0, 109), ylim=(6, -0.5))
-    bars.legend()
+    bars.set(yticks=torch.arange(6) + 0.2, yticklabels=ROWS, xlabel="accuracy (%)", xlim=(0, 109), ylim=(6, -1))
+    bars.legend(loc="upper right", ncols=2)
     save_figure(figure, output, dpi=100)

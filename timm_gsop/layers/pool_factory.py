@@ -8,6 +8,7 @@ from torch import nn
 from timm_gsop.checks import check_choice, check_positive_int
 from timm_gsop.layers.bilinear_pool import BilinearPool2d, CompactBilinearPool2d
 from timm_gsop.layers.cov_pool import IsqrtCovPool2d, MpnCovPool2d
+from timm_gsop.layers.factory import FLAVORS
 from timm_gsop.layers.official import OfficialIsqrtCovPool2d
 
 __all__ = ["SECOND_ORDER_POOLS", "check_second_order_pool", "create_second_order_pool"]
@@ -52,6 +53,7 @@ def create_second_order_pool(
     """
     check_choice("pool_type", pool_type, SECOND_ORDER_POOLS)
     check_second_order_pool(isqrt_dim, isqrt_iters, compact_bilinear_dim)
+    check_choice("flavor", flavor, FLAVORS)
     dd: dict[str, Any] = dict(device=device, dtype=dtype)
     if pool_type == "isqrt":
         pool_class = IsqrtCovPool2d if flavor == "paper" else OfficialIsqrtCovPool2d
