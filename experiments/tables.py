@@ -85,7 +85,7 @@ def table(
     results: Path = RESULTS,
     speeds: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[str]:
-    """A group of the plan as a table in Markdown: accuracy by seed, mean, standard deviation, number, spread, differences to other rows.
+    """A group of the plan as a table in Markdown: accuracy by seed, statistics, differences to other rows.
 
     Args:
         runs: Those of the group.

@@ -8,12 +8,17 @@ from torch import nn
 from timm_gsop.layers import (
     FLAVORS,
     GSOP_TYPES,
+    BdcPool2d,
     BilinearPool2d,
     CompactBilinearPool2d,
+    CovPool2d,
+    DropCovPool2d,
     GsopBlock,
     IsqrtCovPool2d,
+    MomentPool2d,
     MpnCovPool2d,
     OfficialIsqrtCovPool2d,
+    SvpnPool2d,
     create_gsop,
 )
 
@@ -40,6 +45,12 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "mpn": lambda **dd: MpnCovPool2d(CHANNELS, 8, **dd),
     "bilinear": lambda **dd: BilinearPool2d(CHANNELS, 8, **dd),
     "compact bilinear": lambda **dd: CompactBilinearPool2d(CHANNELS, 64, **dd),
+    "cov": lambda **dd: CovPool2d(CHANNELS, 8, **dd),
+    # With so few channels the rate is zero, and training not random, unless importance and covariance disagree.
+    "dropcov": lambda **dd: DropCovPool2d(CHANNELS, 8, **dd),
+    "bdc": lambda **dd: BdcPool2d(CHANNELS, 8, **dd),
+    "svpn": lambda **dd: SvpnPool2d(CHANNELS, 2, 5, drop=0.0, **dd),
+    "moment": lambda **dd: MomentPool2d(CHANNELS, 28, **dd),
 }
 LAYERS = {**SCALING_LAYERS, **BLOCKS, **HEADS}
 

@@ -12,12 +12,13 @@ FILES = sorted((ROOT / "timm_gsop").rglob("*.py"))
 ALLOWED = {
     "__init__": {"insert", "layers", "models"},
     "__main__": {"__version__", "pretrained"},
+    "attach": {"layers"},
     "checks": set(),
     "data": {"checks"},
     "hub": {"checks", "hub", "layers", "models", "pretrained", "viz"},
-    "insert": {"checks", "layers"},
+    "insert": {"attach", "checks", "layers"},
     "layers": {"checks", "layers"},
-    "models": {"checks", "insert", "layers", "models", "pretrained"},
+    "models": {"attach", "checks", "insert", "layers", "models", "pretrained"},
     "pretrained": {"checks", "layers", "pretrained"},
     "viz": {"insert", "layers", "viz"},
 }

@@ -1,42 +1,62 @@
 """Second-order pooling as layers, and the functions behind them."""
 
+from timm_gsop.layers.bdc_pool import BdcPool2d
 from timm_gsop.layers.bilinear_pool import BilinearPool2d, CompactBilinearPool2d, bilinear_pool, compact_bilinear_pool
-from timm_gsop.layers.cov_pool import IsqrtCovPool2d, MpnCovPool2d
+from timm_gsop.layers.cov_pool import CovPool2d, IsqrtCovPool2d, MpnCovPool2d
 from timm_gsop.layers.covariance import covariance_pool, position_covariance, triu_unvectorize, triu_vectorize
 from timm_gsop.layers.covariance_sqrt import covariance_sqrt
+from timm_gsop.layers.dropcov_pool import DropCovPool2d
 from timm_gsop.layers.factory import FLAVORS, GSOP_TYPES, check_gsop, create_gsop
 from timm_gsop.layers.gsop import ChannelGsop, CovarianceExcitation, FusedGsop, Gsop, GsopBlock, PositionGsop
 from timm_gsop.layers.half_gate import NEUTRAL_SCALE, start_at_half
 from timm_gsop.layers.matrix_sqrt import eigh_log, eigh_power, newton_schulz_inverse_sqrt, newton_schulz_sqrt
+from timm_gsop.layers.moment_pool import MomentPool2d
 from timm_gsop.layers.official import (
     OfficialChannelGsop,
     OfficialFusedGsop,
     OfficialIsqrtCovPool2d,
     OfficialPositionGsop,
 )
-from timm_gsop.layers.pool_factory import SECOND_ORDER_POOLS, check_second_order_pool, create_second_order_pool
+from timm_gsop.layers.pool_factory import (
+    SECOND_ORDER_POOLS,
+    accepted_arguments,
+    check_pool_kwargs,
+    check_second_order_pool,
+    create_second_order_pool,
+    pool_cost,
+)
+from timm_gsop.layers.second_order_pool import SecondOrderPool2d
+from timm_gsop.layers.svpn_pool import SvpnPool2d
 
 __all__ = [
     "FLAVORS",
     "GSOP_TYPES",
     "NEUTRAL_SCALE",
     "SECOND_ORDER_POOLS",
+    "BdcPool2d",
     "BilinearPool2d",
     "ChannelGsop",
     "CompactBilinearPool2d",
+    "CovPool2d",
     "CovarianceExcitation",
+    "DropCovPool2d",
     "FusedGsop",
     "Gsop",
     "GsopBlock",
     "IsqrtCovPool2d",
+    "MomentPool2d",
     "MpnCovPool2d",
     "OfficialChannelGsop",
     "OfficialFusedGsop",
     "OfficialIsqrtCovPool2d",
     "OfficialPositionGsop",
     "PositionGsop",
+    "SecondOrderPool2d",
+    "SvpnPool2d",
+    "accepted_arguments",
     "bilinear_pool",
     "check_gsop",
+    "check_pool_kwargs",
     "check_second_order_pool",
     "compact_bilinear_pool",
     "covariance_pool",
@@ -47,6 +67,7 @@ __all__ = [
     "eigh_power",
     "newton_schulz_inverse_sqrt",
     "newton_schulz_sqrt",
+    "pool_cost",
     "position_covariance",
     "start_at_half",
     "triu_unvectorize",

@@ -5,7 +5,8 @@ Papers:
 * Compact Bilinear Pooling, CVPR 2016 - https://arxiv.org/abs/1511.06062
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from timm_gsop.layers.channel_reduction import ChannelReduction
 from timm_gsop.layers.gradients import evaluate, function_of_input
 from timm_gsop.layers.leading_dims import flatten_positions, leading_dims_of_features, with_leading_dims
 from timm_gsop.layers.precision import at_least_float32, autocast_disabled
+from timm_gsop.layers.second_order_pool import SecondOrderPool2d
 from timm_gsop.layers.weighted import normalize_weights, weighted_product
 
 __all__ = [
@@ -160,7 +162,7 @@ def signed_sqrt_normalize(x: torch.Tensor) -> torch.Tensor:
     return F.normalize(x.sign() * (x.abs() + 1e-8).sqrt(), dim=-1)
 
 
-class BilinearPool2d(nn.Module):
+class BilinearPool2d(SecondOrderPool2d):
     """Bilinear pooling (ICCV 2015): all products of two channels, signed square root, Euclidean normalization.
 
     The square root is steep near zero: where features are of both signs, so that products cancel, rounding the features
@@ -184,7 +186,9 @@ class BilinearPool2d(nn.Module):
         torch.Size([2, 256])
     """
 
-    pool_type = "bilinear"  # the name that `global_pool` calls it by, read by timm when it saves a model
+    pool_type = "bilinear"
+    take_when = "you compare with bilinear CNNs"
+    shared: ClassVar[Mapping[str, str]] = {"isqrt_dim": "dim"}
 
     def __init__(
         self,
@@ -194,12 +198,9 @@ class BilinearPool2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_positive_int("in_features", in_features)
         if dim is not None:
             check_positive_int("dim", dim)
-        self.in_features = in_features
-        self.out_features = (dim or in_features) ** 2
+        super().__init__(in_features, (dim or in_features) ** 2)
         self.reduction = ChannelReduction(in_features, dim, device=device, dtype=dtype) if dim else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -209,7 +210,7 @@ class BilinearPool2d(nn.Module):
         return signed_sqrt_normalize(bilinear_pool(self.reduction(x)).flatten(1)).to(x.dtype)
 
 
-class CompactBilinearPool2d(nn.Module):
+class CompactBilinearPool2d(SecondOrderPool2d):
     """Compact bilinear pooling (CVPR 2016): bilinear pooling, sketched to a fixed number of features.
 
     The sketch is drawn once from a generator of its own and saved with the weights; the global random state is neither
@@ -232,6 +233,8 @@ class CompactBilinearPool2d(nn.Module):
     """
 
     pool_type = "compact_bilinear"
+    take_when = "the classifier must stay small"
+    shared: ClassVar[Mapping[str, str]] = {"compact_bilinear_dim": "out_features"}
 
     def __init__(
         self,
@@ -243,13 +246,9 @@ class CompactBilinearPool2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_positive_int("in_features", in_features)
-        check_positive_int("out_features", out_features)
         if dim is not None:
             check_positive_int("dim", dim)
-        self.in_features = in_features
-        self.out_features = int(out_features)  # TorchScript knows no integers of NumPy's
+        super().__init__(in_features, out_features)
         self.seed = seed
         self.reduction = ChannelReduction(in_features, dim, device=device, dtype=dtype) if dim else nn.Identity()
         size = (2, dim or in_features)

@@ -1,25 +1,46 @@
-"""Global covariance pooling: heads that turn a feature map into a normalized covariance matrix, as a vector."""
+"""Global covariance pooling: heads that turn a feature map into a covariance matrix, as a vector."""
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
-from torch import nn
 
 from timm_gsop.checks import check_ndim, check_positive_int
 from timm_gsop.layers.channel_reduction import ChannelReduction
 from timm_gsop.layers.covariance import covariance_pool, triu_vectorize
 from timm_gsop.layers.covariance_sqrt import covariance_sqrt
 from timm_gsop.layers.matrix_sqrt import eigh_power, newton_schulz_sqrt
+from timm_gsop.layers.second_order_pool import SecondOrderPool2d
 
-__all__ = ["IsqrtCovPool2d", "MpnCovPool2d"]
+__all__ = ["CovPool2d", "IsqrtCovPool2d", "MpnCovPool2d"]
 
 # Leaves in torch.fx's graphs: within a trace, shapes are no numbers that they could test.
 for _leaf in ("check_ndim", "covariance_pool", "covariance_sqrt", "eigh_power", "newton_schulz_sqrt", "triu_vectorize"):
     torch.fx.wrap(_leaf)
 
 
-class _CovPool2d(nn.Module):
-    """1×1 convolution, BN, ReLU, covariance, a matrix power that subclasses define, upper triangle."""
+class CovPool2d(SecondOrderPool2d):
+    """Plain covariance pooling: 1×1 convolution, BN, ReLU, covariance, upper triangle, no normalization.
 
-    pool_type: str  # the name that `global_pool` calls it by, read by timm when it saves a model
+    It is DropCov (NeurIPS 2022) in evaluation, and what the matrix powers of the subclasses are compared with.
+    Statistics are computed in at least float32, also under autocast; the output has the dtype of the weights.
+
+    Args:
+        in_features: Channels of the input.
+        dim: Channels after reduction, the size of the covariance matrix; the output has dim·(dim+1)/2 features.
+
+    Raises:
+        ValueError: If an argument < 1; in ``forward``, if the input does not have four dimensions.
+
+    Examples:
+        >>> pool = CovPool2d(64, dim=16)
+        >>> pool(torch.randn(2, 64, 7, 7)).shape
+        torch.Size([2, 136])
+    """
+
+    pool_type = "cov"
+    take_when = "you compare: the covariance as it is"
+    shared: ClassVar[Mapping[str, str]] = {"isqrt_dim": "dim"}
 
     def __init__(
         self,
@@ -29,11 +50,8 @@ class _CovPool2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_positive_int("in_features", in_features)
         check_positive_int("dim", dim)
-        self.in_features = in_features
-        self.out_features = dim * (dim + 1) // 2
+        super().__init__(in_features, dim * (dim + 1) // 2)
         self.reduction = ChannelReduction(in_features, dim, device=device, dtype=dtype)
 
     def squeeze(self, x: torch.Tensor) -> torch.Tensor:
@@ -41,8 +59,8 @@ class _CovPool2d(nn.Module):
         return covariance_pool(self.reduction(x))
 
     def normalize(self, cov: torch.Tensor) -> torch.Tensor:
-        """Matrix power of the covariance, (B, dim, dim)."""
-        raise NotImplementedError
+        """What is made of the covariance, (B, dim, dim): here nothing."""
+        return cov
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Normalized covariance, (B, C, H, W) to (B, dim, dim)."""
@@ -60,7 +78,7 @@ class _CovPool2d(nn.Module):
         return vectors.to(self.reduction.conv.weight.dtype)
 
 
-class IsqrtCovPool2d(_CovPool2d):
+class IsqrtCovPool2d(CovPool2d):
     """Pooling of iSQRT-COV (CVPR 2018), the end of GSoP-Net2: the covariance's square root by Newton–Schulz.
 
     Args:
@@ -78,6 +96,8 @@ class IsqrtCovPool2d(_CovPool2d):
     """
 
     pool_type = "isqrt"
+    take_when = "you want second-order statistics: start here"
+    shared: ClassVar[Mapping[str, str]] = {"isqrt_dim": "dim", "isqrt_iters": "num_iters"}
 
     def __init__(
         self,
@@ -101,7 +121,7 @@ class IsqrtCovPool2d(_CovPool2d):
         return covariance_sqrt(self.reduction(x), self.num_iters)
 
 
-class MpnCovPool2d(_CovPool2d):
+class MpnCovPool2d(CovPool2d):
     """Pooling of MPN-COV (ICCV 2017): the covariance's square root by eigen-decomposition.
 
     Args:
@@ -118,6 +138,7 @@ class MpnCovPool2d(_CovPool2d):
     """
 
     pool_type = "mpn"
+    take_when = "you want the exact root; not for ONNX"
 
     def normalize(self, cov: torch.Tensor) -> torch.Tensor:
         """Square root, (B, dim, dim)."""

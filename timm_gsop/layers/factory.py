@@ -59,7 +59,9 @@ def create_gsop(
         raise ValueError(f"spatial_size={spatial_size!r} is not accepted with gsop_type='channel', which has none.")
     if flavor == "paper" and stride != 1:
         raise ValueError(f"stride={stride!r} is not accepted with flavor='paper'; accepted: 1, or flavor='official'.")
-    spatial_size = 8 if spatial_size is None else int(spatial_size)  # TorchScript knows no integers of NumPy's
+    # TorchScript knows no integers of NumPy's.
+    channels, cov_dim, stride = int(channels), int(cov_dim), int(stride)
+    spatial_size = 8 if spatial_size is None else int(spatial_size)
     dd: dict[str, Any] = dict(device=device, dtype=dtype)
     if flavor == "official":
         if gsop_type == "channel":

@@ -1,17 +1,25 @@
 """Global pooling, first-order (timm's) or second-order (ours), and the classifier after it, for networks of timm."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import create_classifier, get_device_dtype
 from torch import nn
 
-from timm_gsop.checks import check_choice
-from timm_gsop.layers import SECOND_ORDER_POOLS, check_second_order_pool, create_second_order_pool
+from timm_gsop.checks import check_choice, check_fraction
+from timm_gsop.layers import (
+    SECOND_ORDER_POOLS,
+    CovPool2d,
+    accepted_arguments,
+    check_pool_kwargs,
+    check_second_order_pool,
+    create_second_order_pool,
+)
 
-__all__ = ["COV_POOLS", "GLOBAL_POOLS", "GlobalPoolMixin"]
+__all__ = ["GLOBAL_POOLS", "GlobalPoolMixin"]
 
-COV_POOLS = ("isqrt", "mpn")
 GLOBAL_POOLS = (
     *("", "avg", "max", "avgmax", "catavgmax"),
     *("fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax"),
@@ -42,6 +50,7 @@ class GlobalPoolMixin:
         flavor: str,
         *,
         compact_bilinear_dim: int = 8192,
+        pool_kwargs: Mapping[str, Any] | None = None,
         isqrt_drop: float = 0.0,
         drop_rate: float = 0.0,
         device: torch.device | str | None = None,
@@ -52,29 +61,36 @@ class GlobalPoolMixin:
         Args:
             num_classes: Number of classes, 0 for none.
             global_pool: One of ``GLOBAL_POOLS``.
-            isqrt_dim: Channels after reduction in covariance pooling and in ``"bilinear"``.
+            isqrt_dim: Channels after reduction, in every second-order pool that reduces.
             isqrt_iters: Newton–Schulz iterations; None for the flavor's own.
             flavor: ``"paper"`` or ``"official"``.
             compact_bilinear_dim: Features of ``"compact_bilinear"``.
+            pool_kwargs: Options of ``global_pool``'s own. Another pool that :meth:`reset_classifier` sets has its
+                defaults.
             isqrt_drop: Dropout after covariance pooling; other pools ignore it.
             drop_rate: Dropout after any pooling. There is one dropout: the larger of the two rates applies.
             device: Device of the weights.
             dtype: Precision of the weights.
 
         Raises:
-            ValueError: If ``global_pool`` is unknown, a number < 1, or ``isqrt_drop`` is not in [0, 1).
+            ValueError: If ``global_pool`` is unknown, a number < 1, ``pool_kwargs`` has what is no option of
+                ``global_pool``, or ``isqrt_drop`` is not in [0, 1).
         """
         check_second_order_pool(isqrt_dim, isqrt_iters, compact_bilinear_dim)
-        if not isinstance(isqrt_drop, int | float) or not 0 <= isqrt_drop < 1:
-            raise ValueError(f"isqrt_drop={isqrt_drop!r} is not accepted; it must be a number >= 0 and < 1.")
+        check_choice("global_pool", global_pool, GLOBAL_POOLS)
+        check_pool_kwargs(global_pool, pool_kwargs)
+        check_fraction("isqrt_drop", isqrt_drop)
         self.isqrt_dim = isqrt_dim
         self.isqrt_iters = isqrt_iters
         self.isqrt_drop = isqrt_drop
         self.drop_rate = drop_rate
         self.flavor = flavor
         self.compact_bilinear_dim = compact_bilinear_dim
+        self.pool_kwargs = pool_kwargs
         self.global_pool: Any = nn.Identity()
-        self.head_drop = nn.Dropout()
+        # No child: as in timm's ResNet, the last two are pooling and classifier, in the order of their calls.
+        if hasattr(self, "head_drop"):
+            del self.head_drop
         self._set_global_pool(num_classes, global_pool, device=device, dtype=dtype)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -88,27 +104,43 @@ class GlobalPoolMixin:
             ValueError: If ``global_pool`` is unknown.
         """
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        if pool_type != self.global_pool.pool_type:
+            self.pool_kwargs = None
+            getattr(self, "_model_args", {}).pop("pool_kwargs", None)  # what timm records: they are the old pool's
         self._set_global_pool(num_classes, pool_type, **get_device_dtype(self))
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay would harm: those of the network, and those of the pooling."""
+        of_network: set[str] = getattr(super(), "no_weight_decay", set)()
+        of_pool: set[str] = getattr(self.global_pool, "no_weight_decay", set)()
+        return {*of_network, *(f"global_pool.{name}" for name in of_pool)}
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pool features (B, C, H, W) and classify them: (B, num_classes), or what the classifier would read."""
-        x = self.head_drop(self.global_pool(x))
+        x = F.dropout(self._pool(x), p=self.head_drop_rate, training=self.training)
         return x if pre_logits else self.fc(x)
+
+    def _pool(self, x: torch.Tensor) -> torch.Tensor:
+        return self.global_pool(x)
 
     def _set_global_pool(self, num_classes: int, pool_type: str, **dd: Any) -> None:
         check_choice("global_pool", pool_type, GLOBAL_POOLS)
         drop_rate = self.drop_rate
         if pool_type in SECOND_ORDER_POOLS:
             if not self._has_pool(pool_type):
-                options = (self.isqrt_dim, self.isqrt_iters, self.compact_bilinear_dim, self.flavor)
-                self.global_pool = create_second_order_pool(pool_type, self.num_features, *options, **dd)
+                shared = {name: getattr(self, name) for name in accepted_arguments(pool_type)}
+                self.global_pool = create_second_order_pool(
+                    pool_type, self.num_features, **shared, pool_kwargs=self.pool_kwargs, **dd
+                )
             self.head_hidden_size = self.global_pool.out_features
             _, classifier = create_classifier(self.head_hidden_size, num_classes, **dd)
-            drop_rate = max(drop_rate, self.isqrt_drop) if pool_type in COV_POOLS else drop_rate
+            if isinstance(self.global_pool, CovPool2d):
+                drop_rate = max(drop_rate, self.isqrt_drop)
         else:
             self.global_pool, classifier = create_classifier(self.num_features, num_classes, pool_type, **dd)
             self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.head_drop.p = float(drop_rate)
+        self.head_drop_rate = float(drop_rate)
         setattr(self, self.classifier_name, classifier.train(self.training))
         self.global_pool.train(self.training)
         self.num_classes = num_classes

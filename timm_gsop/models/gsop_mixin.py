@@ -1,6 +1,6 @@
 """What all our networks share: the arguments of blocks and head, their checks, and how the two are built."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,16 +22,18 @@ class GsopMixin(GlobalPoolMixin):
 
     Args:
         num_classes: Number of classes; 0 for no classifier.
-        global_pool: One of timm's pools, ``"isqrt"`` (iSQRT-COV), ``"mpn"`` (MPN-COV), ``"bilinear"``,
-            ``"compact_bilinear"``, or ``""`` for none.
+        global_pool: One of timm's pools, one of ``SECOND_ORDER_POOLS``, or ``""`` for none.
         gsop_type: Kind of the blocks, one of ``GSOP_TYPES``.
         gsop_layers: Stages that have blocks, counted from 1; ``()`` for none, None for all.
         cov_dim: Channels after reduction in a block, the size of its channel covariance.
         spatial_size: In blocks by position: side of the square that the map is pooled to.
-        isqrt_dim: Channels after reduction in covariance pooling and in ``"bilinear"``, whose features are its square.
+        isqrt_dim: Channels after reduction, in every second-order pool that reduces. Covariance pooling has
+            isqrt_dim·(isqrt_dim+1)/2 features, ``"bilinear"`` its square.
         isqrt_iters: Newton–Schulz iterations in ``"isqrt"`` pooling; None for the flavor's own, 5 in the paper, 3 in
             the released code.
         compact_bilinear_dim: Features of ``"compact_bilinear"``, which does not reduce the channels.
+        pool_kwargs: Options of ``global_pool``'s own, by the names that its layer's constructor has, for one
+            ``{"num_heads": 6}`` with ``"svpn"``.
         isqrt_drop: Dropout after covariance pooling; other pools ignore it.
         drop_rate: Dropout after any pooling. There is one dropout: with covariance pooling, the larger of the two
             rates applies.
@@ -62,6 +64,7 @@ class GsopMixin(GlobalPoolMixin):
         isqrt_dim: int = 256,
         isqrt_iters: int | None = None,
         compact_bilinear_dim: int = 8192,
+        pool_kwargs: Mapping[str, Any] | None = None,
         isqrt_drop: float = 0.0,
         drop_rate: float = 0.0,
         flavor: str = "paper",
@@ -87,6 +90,7 @@ class GsopMixin(GlobalPoolMixin):
             isqrt_iters,
             flavor,
             compact_bilinear_dim=compact_bilinear_dim,
+            pool_kwargs=pool_kwargs,
             isqrt_drop=isqrt_drop,
             drop_rate=drop_rate,
             **dd,
