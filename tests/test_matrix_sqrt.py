@@ -209,6 +209,15 @@ def test_a_tiny_trace_in_float64_is_no_zero():
     torch.testing.assert_close(1e20 * newton_schulz_sqrt(cov), newton_schulz_sqrt(1e40 * cov))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [-23, 0, 23])
+def test_exact_root_of_any_scale(dtype, exponent):
+    """Squares of the smallest and the largest leave float32's range."""
+    cov = random_covariance(4, 12, rank=3).to(dtype)
+    root = eigh_power(10.0**exponent * cov)
+    torch.testing.assert_close(root / 10.0 ** (exponent / 2), eigh_power(cov), rtol=1e-3, atol=1e-3)
+
+
 def test_integers_of_numpy_are_integers():
     cov = random_covariance(2, 4)
     torch.testing.assert_close(newton_schulz_sqrt(cov, np.int64(3)), newton_schulz_sqrt(cov, 3), rtol=0, atol=0)

@@ -388,7 +388,11 @@ def _eigh(cov: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     is_finite = cov.isfinite().all(dim=2).all(dim=1)
     # LAPACK raises for a batch that has one NaN, and CUDA's library returns zeros.
     symmetric = torch.where(is_finite[:, None, None], 0.5 * _plus_transpose(cov), torch.zeros_like(cov))
-    eigenvalues, eigenvectors = torch.linalg.eigh(symmetric)
+    # Nor does it converge for some tiny matrices, whose squares underflow.
+    largest = symmetric.detach().abs().amax(dim=[1, 2], keepdim=True)
+    largest = torch.where(largest == 0, torch.ones_like(largest), largest)
+    eigenvalues, eigenvectors = torch.linalg.eigh(symmetric / largest)
+    eigenvalues = eigenvalues * largest[:, :, 0]
     return torch.where(is_finite[:, None], eigenvalues, torch.full_like(eigenvalues, float("nan"))), eigenvectors
 
 
