@@ -81,6 +81,9 @@ class CovPool2d(SecondOrderPool2d):
 class IsqrtCovPool2d(CovPool2d):
     """Pooling of iSQRT-COV (CVPR 2018), the end of GSoP-Net2: the covariance's square root by Newton–Schulz.
 
+    Everything after the reduction is computed in at least float32, also under autocast; the output has the dtype of the
+    weights.
+
     Args:
         in_features: Channels of the input.
         dim: Channels after reduction, the size of the covariance matrix; the output has dim·(dim+1)/2 features.
@@ -123,6 +126,9 @@ class IsqrtCovPool2d(CovPool2d):
 
 class MpnCovPool2d(CovPool2d):
     """Pooling of MPN-COV (ICCV 2017): the covariance's square root by eigen-decomposition.
+
+    Everything after the reduction is computed in at least float32, also under autocast; the output has the dtype of the
+    weights.
 
     Args:
         in_features: Channels of the input.

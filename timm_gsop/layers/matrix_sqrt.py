@@ -21,7 +21,9 @@ def newton_schulz_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
     .. math:: Y_k = \tfrac12 Y_{k-1} (3I - Z_{k-1} Y_{k-1}), \qquad Z_k = \tfrac12 (3I - Z_{k-1} Y_{k-1}) Z_{k-1}
 
     and :math:`\sqrt{\mathrm{tr} \Sigma} \, Y_N` undoes the division. At ``num_iters`` of 3 or 5 the result is far from
-    the exact root where eigenvalues are small; the truncation is part of the model, and regularises it.
+    the exact root where eigenvalues are small; the truncation is part of the model, and regularises it. Derivatives are
+    those of the iteration, to any order by reverse mode; forward mode (``jvp``, ``jacfwd``) works by itself, and not
+    over reverse mode: for second derivatives take ``jacrev(jacrev(f))`` and not ``hessian``.
 
     Args:
         cov: Symmetric positive semi-definite matrices, (…, C, C), of which the symmetric part is read. A zero matrix
@@ -322,7 +324,8 @@ def eigh_power(cov: torch.Tensor, power: float = 0.5) -> torch.Tensor:
     Eigenvalues up to C · eps times the largest count as zero: they stay zero, and no gradient flows between two of
     them. First and second derivatives are divided differences (Daleckii–Krein), finite and right for repeated
     eigenvalues too, unlike those of ``torch.linalg.eigh``. Third derivatives, and what TorchScript or a trace makes of
-    gradients, are PyTorch's own, and need eigenvalues that differ. A second derivative takes memory for C³ numbers.
+    gradients, are PyTorch's own, and need eigenvalues that differ; so does forward mode (``jvp``, ``jacfwd``). A second
+    derivative takes memory for C³ numbers, and ``jacrev(jacrev(f))``, because ``hessian`` uses forward mode.
 
     Args:
         cov: Symmetric positive semi-definite matrices, (…, C, C), of which the symmetric part is read. A zero matrix
