@@ -22,8 +22,8 @@ def newton_schulz_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
 
     and :math:`\sqrt{\mathrm{tr} \Sigma} \, Y_N` undoes the division. At ``num_iters`` of 3 or 5 the result is far from
     the exact root where eigenvalues are small; the truncation is part of the model, and regularises it. Derivatives are
-    those of the iteration, to any order by reverse mode; forward mode (``jvp``, ``jacfwd``) works by itself, and not
-    over reverse mode: for second derivatives take ``jacrev(jacrev(f))`` and not ``hessian``.
+    those of the iteration, first and second ones by reverse mode. Forward mode (``jvp``, ``jacfwd``) works alone, but
+    not over reverse mode: for second derivatives take ``jacrev(jacrev(f))`` and not ``hessian``.
 
     Args:
         cov: Symmetric positive semi-definite matrices, (…, C, C), of which the symmetric part is read. A zero matrix
