@@ -19,6 +19,7 @@ ALLOWED = {
     "layers": {"checks", "layers"},
     "models": {"checks", "insert", "layers", "models", "pretrained"},
     "pretrained": {"checks", "layers", "pretrained"},
+    "probe": {"checks", "hub", "layers", "models", "probe"},
     "viz": {"insert", "layers", "viz"},
 }
 
