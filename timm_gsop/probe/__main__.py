@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--train-images", type=int, metavar="N", help="use so many images for training and validation (default: all)")
     add("--test-images", type=int, metavar="N", help="use so many test images (default: all)")
     add("--splits", type=int, default=3, metavar="N", help="train every head so often, with other seeds (default: 3)")
+    add("--epochs", type=int, metavar="N", help="of each training (default: 12, and at least 300 steps)")
     add("--seed", type=int, default=0, metavar="N", help="of the first split (default: 0)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the best one there is)")
     add("--batch-size", type=int, default=64, metavar="N", help="images in a batch of the backbone (default: 64)")

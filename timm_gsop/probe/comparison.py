@@ -42,6 +42,7 @@ def run(
     train_images: int | None = None,
     test_images: int | None = None,
     splits: int = 3,
+    epochs: int | None = None,
     seed: int = 0,
     device: str | None = None,
     batch_size: int = 64,
@@ -75,6 +76,8 @@ def run(
         test_images: How many of the test part to use; None for all.
         splits: How often every head is trained, each time with another seed and, where no validation part is given,
             with other validation images.
+        epochs: Passes over the training images in each training; None for 12, and more where these would be fewer than
+            300 steps.
         seed: Of the first split, and of everything that is drawn.
         device: Where the backbone runs and heads are trained; None for the best one there is.
         batch_size: Images in a batch of the backbone.
@@ -95,7 +98,12 @@ def run(
         RuntimeError: If the backbone's weights cannot be loaded.
         OSError: If there is no space for the maps.
     """
-    for name, value in (("splits", splits), ("isqrt_dim", isqrt_dim), ("batch_size", batch_size)):
+    for name, value in (
+        ("splits", splits),
+        ("epochs", 1 if epochs is None else epochs),
+        ("isqrt_dim", isqrt_dim),
+        ("batch_size", batch_size),
+    ):
         check_positive_int(name, value)
     for head in heads:
         check_choice("heads", head, HEADS)
@@ -118,7 +126,7 @@ def run(
     _report_unreadable(images, unreadable, skip_unreadable)
     parts = keep_readable(images, parts, unreadable)
     options = dict(isqrt_dim=isqrt_dim, **extractor.size_options)
-    task = _Task(images.targets, len(images.class_names), parts, seed, extractor.device)
+    task = _Task(images.targets, len(images.class_names), parts, seed, extractor.device, epochs)
     entries: list[_Entry] = []
     with threads(1):  # the matrices are small: more threads gain little, and lose much on a busy machine
         for level, level_maps in zip(extractor.levels, maps, strict=True):
@@ -144,6 +152,7 @@ class _Task:
     splits: list[Split]
     seed: int
     device: torch.device
+    epochs: int | None
 
 
 @dataclass(frozen=True)
@@ -190,7 +199,9 @@ def _compare(
 
         def train(options: Options, split: int, new: Any = new, inputs: Inputs = inputs) -> Trained:
             seed = task.seed + split
-            return train_head(new(split), inputs, task.targets, task.splits[split], options, seed, task.device)
+            return train_head(
+                new(split), inputs, task.targets, task.splits[split], options, seed, task.device, task.epochs
+            )
 
         options, found = search(partial(train, split=0))
         trained = [found, *(train(options, split) for split in range(1, len(task.splits)))]
@@ -277,9 +288,7 @@ def _choose(entries: list[_Entry], head: str | None = None) -> _Entry:
 
 
 def _conclude(best: Row, reference: Row) -> str:
-    what = (
-        f"By validation the best head is {best.head} on level {best.level}, with {best.top1:.2f} % of the test images"
-    )
+    what = f"By validation {best.head} on level {best.level} is best, with {best.top1:.2f} % on the test images"
     base = f"{reference.head} on level {reference.level}"
     if best is reference:
         return f"{what}: average pooling, and no other head of these helps."

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +21,10 @@ __all__ = ["HEADS", "Inputs", "Options", "Trained", "create_head", "inputs_of", 
 
 HEADS = ("avg", "mlp", *SECOND_ORDER_POOLS)
 BATCH_SIZE, EPOCHS, MIN_STEPS = 32, 12, 300
-RATES, DECAYS = (3e-4, 1e-3, 3e-3), 0.1
+RATE, DECAY = 1e-3, 0.1
 """Where the search for the learning rate and the weight decay starts."""
 RATE_FACTOR, DECAY_FACTOR = 3.0, 10.0
-MAX_TRIALS = 16
+MAX_TRIALS = 12
 IN_MEMORY = 2**28
 """Bytes of pooled features that are kept in memory; more are kept in a file."""
 
@@ -145,6 +145,7 @@ def train_head(
     options: Options,
     seed: int,
     device: torch.device,
+    epochs: int | None = None,
 ) -> Trained:
     """Train a head with AdamW and a cosine schedule, and run it on the validation and test images.
 
@@ -156,13 +157,14 @@ def train_head(
         options: Learning rate and weight decay.
         seed: Of the order of the images, and of dropout.
         device: Where it is trained.
+        epochs: Passes over the training images; None for 12, and more where these would be fewer than 300 steps.
     """
     if inputs.pooled:
         head = nn.Sequential(OrderedDict((name, part) for name, part in head.named_children() if name != "global_pool"))
     head.to(device)
     labels = torch.from_numpy(targets).to(device)
     steps = max(1, len(split.train) // BATCH_SIZE)
-    epochs = max(EPOCHS, -(-MIN_STEPS // steps))
+    epochs = epochs or max(EPOCHS, -(-MIN_STEPS // steps))
     optimizer = create_optimizer_v2(head, "adamw", lr=options.lr, weight_decay=options.weight_decay)
     scheduler, _ = create_scheduler_v2(
         optimizer, "cosine", num_epochs=epochs, updates_per_epoch=steps, step_on_epochs=False
@@ -213,22 +215,17 @@ def search(trial: Callable[[Options], Trained]) -> tuple[Options, Trained]:
         The best options, and what was trained with them.
     """
     results: dict[tuple[int, int], Trained] = {}
-    points: Sequence[tuple[int, int]] = [(rate, 0) for rate in range(-(len(RATES) // 2), len(RATES) // 2 + 1)]
-
-    def score(point: tuple[int, int]) -> tuple[float, float]:
-        found = results[point]
-        return found.validation, -found.validation_loss
-
+    points = [(0, 0), (-1, 0), (1, 0)]
     while points:
         for point in points:
             results[point] = trial(_options(point))
-        best = max(results, key=score)
+        best = max(results, key=lambda point: results[point].validation)  # of equal ones the first
         points = [point for point in _neighbours(best) if point not in results][: MAX_TRIALS - len(results)]
     return _options(best), results[best]
 
 
 def _options(point: tuple[int, int]) -> Options:
-    return Options(RATES[len(RATES) // 2] * RATE_FACTOR ** point[0], DECAYS * DECAY_FACTOR ** point[1])
+    return Options(RATE * RATE_FACTOR ** point[0], DECAY * DECAY_FACTOR ** point[1])
 
 
 def _neighbours(point: tuple[int, int]) -> Iterator[tuple[int, int]]:

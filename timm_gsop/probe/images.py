@@ -64,10 +64,8 @@ class Images:
         """
         dataset, place = self.places[index]
         reader = getattr(self.datasets[dataset], "reader", None)
-        if reader is None:
-            picture = self.datasets[dataset][int(place)][0]
-        else:
-            picture = Image.open(reader[int(place)][0])
+        own = self.datasets[dataset]
+        picture: Any = own[int(place)][0] if reader is None else Image.open(reader[int(place)][0])
         # A camera's MPO is one photograph, with a preview beside it.
         if getattr(picture, "is_animated", False) and picture.format != "MPO":
             raise ValueError(f"has {picture.n_frames} frames")
@@ -187,7 +185,7 @@ def _class_names(dataset: Any) -> tuple[str, ...]:
 
 
 def _targets(dataset: Any) -> list[int]:
-    reader = getattr(dataset, "reader", None)
+    reader: Any = getattr(dataset, "reader", None)
     if hasattr(reader, "samples"):
         return [int(target) for _, target in reader.samples]
     if hasattr(reader, "iter_targets"):

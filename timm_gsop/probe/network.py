@@ -100,15 +100,15 @@ class Extractor:
             indices = [level for level in self.levels if level is not None]
             if not indices:
                 return [self.network.forward_features(x)]
+            by_level: dict[int | None, torch.Tensor] = {}
             if None not in self.levels:
                 found = self.network.forward_intermediates(
                     x, sorted(indices), output_fmt="NCHW", intermediates_only=True, stop_early=True
                 )
-                last = None
             else:
-                last, found = self.network.forward_intermediates(x, sorted(indices), output_fmt="NCHW")
-            by_level = dict(zip(sorted(indices), found, strict=True))
-            return [last if level is None else by_level[level] for level in self.levels]
+                by_level[None], found = self.network.forward_intermediates(x, sorted(indices), output_fmt="NCHW")
+            by_level.update(zip(sorted(indices), found, strict=True))
+            return [by_level[level] for level in self.levels]
 
 
 def level_name(level: int | None) -> str:

@@ -60,20 +60,18 @@ def save_network(
         **choice.options,
     )
     missing, unexpected = network.load_state_dict(choice.state, strict=False)
-    forgotten = [
-        name for name in missing if not name.startswith("backbone.") and name in dict(network.named_parameters())
-    ]
-    if unexpected or forgotten:
-        raise RuntimeError(f"The head does not fit the network: {[*unexpected, *forgotten]}.")
+    parameters = {name for name, _ in network.named_parameters() if not name.startswith("backbone.")}
+    if unexpected or (forgotten := sorted(parameters.intersection(missing))):
+        raise RuntimeError(f"The head does not fit the network: {unexpected or forgotten}.")
     each = ", ".join(f"{value:.2f}" for value in row.each)
     where = "the last features" if choice.level is None else f"feature level {level_name(choice.level)}"
     notes = (
         f"data: {Path(data).name}",
         f"recipe: `python -m timm_gsop.probe`: frozen backbone, {where}; head trained with AdamW, learning rate "
         f"{row.lr:g}, weight decay {row.weight_decay:g}, by a search on validation images",
-        f"measured: top-1 {row.top1:.2f} % on {test_images} test images, the mean of {len(row.each)} trainings ({each}),"
-        f" on feature maps in float16; {row.difference:+.2f} points (95 % interval {row.low:+.2f} to {row.high:+.2f})"
-        " against average pooling and a linear classifier on the deepest level",
+        f"measured: top-1 {row.top1:.2f} % on {test_images} test images, the mean of {len(row.each)} trainings "
+        f"({each}), on feature maps in float16; {row.difference:+.2f} points (95 % interval {row.low:+.2f} to "
+        f"{row.high:+.2f}) against average pooling and a linear classifier on the deepest level",
     )
     known = dict(note.partition(": ")[::2] for note in backbone_notes(choice.backbone))
     provenance = PretrainedCfg(
