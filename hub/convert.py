@@ -22,12 +22,13 @@ def main() -> None:
     parser.add_argument("--std", type=float, nargs="+", metavar="S")
     parser.add_argument("--interpolation")
     parser.add_argument("--crop-pct", type=float)
+    parser.add_argument("--label-names", type=Path, metavar="DIR-OR-FILE", help="folder of images, or a name a line")
     args = parser.parse_args()
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
     data_config = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        convert(args.source, args.src, args.out_dir, args.model, args.model_kwargs, data_config)
+        convert(args.source, args.src, args.out_dir, args.model, args.model_kwargs, data_config, args.label_names)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
     print(f'wrote {args.out_dir}; timm.create_model("local-dir:{args.out_dir}", pretrained=True) loads it')

@@ -23,6 +23,17 @@ def truncated_sqrt(cov: torch.Tensor, num_iters: int) -> torch.Tensor:
     return eigh_function(cov, iterate)
 
 
+def plain_newton_schulz(cov: torch.Tensor, num_iters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The iteration as published, in the dtype of ``cov``, its gradient by autograd: root and inverse root."""
+    trace = cov.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    eye = torch.eye(cov.shape[1], dtype=cov.dtype)
+    y, z = cov / trace, eye.expand_as(cov)
+    for _ in range(num_iters):
+        t = (3 * eye - z @ y) / 2
+        y, z = y @ t, t @ z
+    return y * trace.sqrt(), z / trace.sqrt()
+
+
 def sqrt_gradient(cov: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """Gradient of the exact square root S: the solution X of the Sylvester equation S X + X S = grad."""
     eye = torch.eye(cov.shape[1], dtype=torch.float64)

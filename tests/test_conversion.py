@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import safetensors.torch
 import timm
 import torch
 import yaml
+from PIL import Image
 from timm.models import save_for_hf
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from tests.fresh_process import run_fresh
-from timm_gsop.hub import convert, neutral_start
+from timm_gsop.hub import convert, neutral_start, stage
 from timm_gsop.layers import GSOP_TYPES
 from timm_gsop.pretrained.checkpoint import load_exactly, read_checkpoint
 from timm_gsop.pretrained.released import from_gsop
@@ -205,6 +207,79 @@ def test_a_checkpoint_of_train_py_keeps_its_network_and_preprocessing(tmp_path, 
     text = (tmp_path / "out/config.json").read_text()
     assert "provenance" not in text
     assert "license" not in text
+
+
+BACKBONES = {
+    "resnet18": dict(channels=[8, 16, 24, 32], gsop_stages=[4], cov_dim=8),
+    "vit_tiny_patch16_224": dict(img_size=32, embed_dim=24, depth=2, num_heads=3),
+}
+
+
+def folder_of_images(path: Path, names: str) -> Path:
+    for name in names:
+        (path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(path / "train" / name / "0.png")
+    return path
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_second_order_that_train_py_trained(backbone, tmp_path, caplog):
+    """With what is in args.yaml, and the names of its data's classes, to the model card."""
+    kwargs = dict(BACKBONES[backbone], backbone=backbone, isqrt_dim=6)
+    model = randomize(timm.create_model("second_order", num_classes=3, in_chans=1, **kwargs)).eval()
+    data = folder_of_images(tmp_path / "data", "cab")
+    shape = dict(input_size=[1, 32, 32], mean=[0.5], std=[0.5])
+    args = dict(model_kwargs=kwargs, **shape, data_dir=str(data), pretrained=True)
+    path = trained(tmp_path, "second_order", model, **args)
+    convert("timm", str(path), tmp_path / "out")
+    assert not caplog.text
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    x = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    # What validate.py takes is what train.py took: of the backbone, without its size for tests.
+    config = timm.data.resolve_data_config(model=loaded, use_test_size=True)
+    assert tuple(config["input_size"]) == (1, 32, 32)
+    for key in ("interpolation", "crop_pct"):
+        assert config[key] == getattr(timm.get_pretrained_cfg(backbone), key)
+    assert loaded.pretrained_cfg["label_names"] == ["a", "b", "c"]
+    shutil.copy(tmp_path / "run/args.yaml", tmp_path / "out")
+    stage(tmp_path / "out", "me/mine", tmp_path / "staged")
+    card = (tmp_path / "staged/README.md").read_text()
+    assert "**Classes**: 3: a, b, c\n" in card
+    assert "`pretrained: True`" in card
+
+
+@pytest.mark.parametrize("model", ["gsop_preresnet20_net1", "second_order"])
+def test_names_of_classes(model, tmp_path, caplog):
+    kwargs = dict(BACKBONES["resnet18"], backbone="resnet18") if model == "second_order" else {}
+    network = timm.create_model(model, num_classes=3, **kwargs)
+    args = dict(model_kwargs=kwargs, data_dir=str(tmp_path / "moved"))
+    path = str(trained(tmp_path, model, network, **args))
+    convert("timm", path, tmp_path / "nameless")
+    assert "The names of the classes are not known; --label-names says where they are" in caplog.text
+    (tmp_path / "names.txt").write_text("cat\nant\nbee\n")
+    given = {"names.txt": ["cat", "ant", "bee"], "data": ["a", "b", "c"], "data/train": ["a", "b", "c"]}
+    folder_of_images(tmp_path / "data", "abc")
+    for i, (place, names) in enumerate(given.items()):
+        convert("timm", path, tmp_path / f"out{i}", label_names=tmp_path / place)
+        config = json.loads((tmp_path / f"out{i}/config.json").read_text())
+        assert config["label_names"] == names
+        assert config["pretrained_cfg"].get("tag") != "untrained"
+    folder_of_images(tmp_path / "two", "ab")
+    for place, message in (("two", "has 2 different names; accepted: 3"), ("nothing", "does not exist; accepted")):
+        with pytest.raises(ValueError, match=message):
+            convert("timm", path, tmp_path / "none", label_names=tmp_path / place)
+
+
+def test_what_started_from_a_folder_converts(tmp_path):
+    """train.py --model local-dir:FOLDER --pretrained, as fine-tuning does."""
+    model = timm.create_model("gsop_preresnet20_net2", num_classes=3, cov_dim=8, isqrt_dim=6).eval()
+    save_for_hf(model, tmp_path / "folder", safe_serialization=True)
+    path = trained(tmp_path, f"local-dir:{tmp_path / 'folder'}", model, img_size=32)
+    convert("timm", str(path), tmp_path / "out")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
 
 
 def test_a_checkpoint_without_args_yaml(tmp_path, caplog):

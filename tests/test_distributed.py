@@ -1,13 +1,22 @@
-"""Two processes with synchronized batch normalization make the step of one process with both batches."""
+"""Two processes with synchronized batch normalization make the step of one process with both batches.
 
+And what is sharded (FSDP) makes the steps of what is not.
+"""
+
+import copy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from torch import nn
+
+from tests.versions import skip_before_torch_2_6
+from timm_gsop import ChannelGsop, GsopBlock
 
 ROOT = Path(__file__).parents[1]
 NARROW = dict(channels=(8, 16, 24, 32), cov_dim=6, isqrt_dim=5, num_classes=4)
@@ -38,7 +47,6 @@ def create(model_name: str) -> nn.Module:
 
 def one_of_two(model_name: str, path: str) -> None:
     """What each process does."""
-    import torch.distributed as dist
     from timm.layers import convert_sync_batchnorm
 
     from tests.cpu_distributed import DistributedDataParallel
@@ -73,3 +81,34 @@ def test_two_processes_make_the_step_of_one(model_name, tmp_path):
         torch.testing.assert_close(together[name], value, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
     moved = [name for name, value in alone.named_parameters() if not torch.equal(value, before[name])]
     assert any("cov_bn.weight" in name for name in moved)
+
+
+@pytest.fixture
+def process_group(tmp_path) -> Iterator[None]:
+    """This process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@skip_before_torch_2_6(reason="FSDP2 has another name")
+@pytest.mark.parametrize("sharded", ["gsop", "gsop.reduction", "gsop.reduction.bn", "gsop.excitation", ""])
+def test_a_block_whose_parts_are_sharded_makes_the_same_steps(sharded, process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    plain = GsopBlock(ChannelGsop(6, 4), scale=2 / 3).train()
+    block, x = copy.deepcopy(plain), torch.randn(4, 6, 5, 5)
+    for name in dict.fromkeys((sharded, "")):
+        fully_shard(block.get_submodule(name), mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in block.parameters())
+    for module in (plain, block):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            module(x).square().mean().backward()
+            optimizer.step()
+    for (name, value), expected in zip(block.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(value.full_tensor(), expected, msg=lambda m, name=name: f"{name}: {m}")

@@ -1,10 +1,16 @@
+import copy
+import pickle
+
 import pytest
 import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.layers import SEModule
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from benchmarks.timing import saved_bytes
 from tests.layers import randomize
 from tests.oracles import channel_gsop, position_gsop, resize_bilinear
 from timm_gsop import ChannelGsop, FusedGsop, GsopBlock, PositionGsop
@@ -157,6 +163,97 @@ def test_shortcut(gsop_type, flavor):
     gsop = randomize(create(gsop_type, flavor)).eval()
     x = torch.randn(2, 64, 6, 5)
     torch.testing.assert_close(GsopBlock(gsop)(x), x + gsop(x))
+
+
+def block_of_channels(scale: float = 1.0) -> GsopBlock:
+    return GsopBlock(randomize(ChannelGsop(6, 4)).eval(), scale)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2 / 3])
+def test_a_hook_on_the_layer_sees_what_it_returns_and_may_change_it(scale):
+    block, x, seen = block_of_channels(scale), torch.randn(2, 6, 5, 5), []
+    scaled = block.gsop(x)
+    block.gsop.register_forward_hook(lambda module, args, y: seen.append((args, y)) or 3 * y)
+    torch.testing.assert_close(block(x), scale * (x + 3 * scaled))
+    ((args, y),) = seen
+    assert len(args) == 1
+    assert torch.equal(args[0], x)
+    assert torch.equal(y, scaled)
+
+
+def test_a_hook_on_the_layers_input_may_change_it():
+    block, x = block_of_channels(), torch.randn(2, 6, 5, 5)
+    block.gsop.register_forward_pre_hook(lambda module, args: torch.zeros_like(args[0]))
+    assert not block.gsop(x).any()
+    assert block(x).shape == x.shape
+
+
+def test_a_hook_on_the_layers_gradient_sees_that_of_the_layer_alone():
+    block, x = block_of_channels(), torch.randn(2, 6, 5, 5, requires_grad=True)
+    (expected,) = torch.autograd.grad(block.gsop(x).sum(), x)
+    seen = []
+    block.gsop.register_full_backward_hook(lambda module, grads, _: seen.extend(grads))
+    block(x).sum().backward()
+    torch.testing.assert_close(seen, [expected])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.parametrize("gsop", [lambda: SEModule(6, rd_channels=2), lambda: PositionGsop(6, 4, 2), nn.Identity])
+def test_a_layer_that_is_exchanged_is_used(gsop):
+    block, x = block_of_channels(), torch.randn(2, 6, 5, 5)
+    block.gsop = gsop().eval()
+    torch.testing.assert_close(block(x), x + block.gsop(x))
+    torch.testing.assert_close(torch.jit.script(block)(x), block(x))
+
+
+def test_a_forward_of_ones_own_is_called():
+    class Negated(ChannelGsop):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return -super().forward(x)
+
+    block, x = GsopBlock(Negated(6, 4).eval()), torch.randn(2, 6, 5, 5)
+    torch.testing.assert_close(block(x), x + block.gsop(x))
+    block = block_of_channels()  # as accelerate's hooks do: on the object
+    block.gsop.forward = lambda x: 2 * x
+    torch.testing.assert_close(block(x), 3 * x)
+
+
+def test_a_checkpointed_layer_saves_memory_and_nothing_else_changes():
+    """Only its input is kept, which exists anyway."""
+    x = torch.randn(3, 6, 16, 16, requires_grad=True, dtype=torch.float64)
+    block = GsopBlock(ChannelGsop(6, 4, dtype=x.dtype)).train()
+    wrapped = copy.deepcopy(block)
+    wrapped.gsop = checkpoint_wrapper(wrapped.gsop)
+    gradients = [torch.autograd.grad(b(x).square().sum(), [x, *b.parameters()]) for b in (block, wrapped)]
+    torch.testing.assert_close(*gradients)
+    assert saved_bytes(block, x) > 8 * 4 * 3 * 16 * 16  # at least one reduced map
+    assert saved_bytes(wrapped, x) == 0
+
+
+def test_scaling_and_shortcut_take_one_pass():
+    """One operation makes a tensor of the map's size."""
+    block, x = block_of_channels(), torch.randn(2, 6, 8, 8)
+    operations = []
+
+    class Counted(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape == x.shape:
+                operations.append(function)
+            return out
+
+    with Counted():
+        block(x)
+    assert len(operations) == 1
+
+
+def test_a_block_that_was_pickled_before_it_asked_its_layer_loads():
+    block, x = block_of_channels(), torch.randn(2, 6, 5, 5)
+    block.__dict__["in_one_pass"] = True  # what was an attribute
+    loaded = pickle.loads(pickle.dumps(block))
+    torch.testing.assert_close(loaded(x), block(x), rtol=0, atol=0)
+    loaded.gsop = SEModule(6, rd_channels=2)
+    torch.testing.assert_close(loaded(x), x + loaded.gsop(x))
 
 
 def test_row_convolution_sees_its_row_only():

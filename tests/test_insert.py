@@ -57,7 +57,10 @@ def image(model: nn.Module, batch: int = 2, size: int = 96) -> torch.Tensor:
 
 
 def blocks(model: nn.Module) -> dict[str, GsopBlock]:
-    return {name.removesuffix(".gsop"): m for name, m in model.named_modules() if isinstance(m, GsopBlock)}
+    """By the names that their weights are saved under."""
+    saved = [name.partition(".gsop.gsop.")[0] for name in model.state_dict() if ".gsop.gsop." in name]
+    found = [m for m in model.modules() if isinstance(m, GsopBlock)]
+    return dict(zip(dict.fromkeys(saved), found, strict=True))
 
 
 @families
@@ -73,10 +76,17 @@ def test_families(name):
     assert all(".gsop." in key for key in missing)
 
     x = image(model)
+    made = []
+    hooks = [block.register_forward_hook(lambda _, __, output: made.append(output)) for block in blocks(model).values()]
     with torch.no_grad():
         assert not torch.allclose(model(x), base(x))
+        made.clear()
         features = model.forward_intermediates(x, intermediates_only=True)
     assert [f.shape[1] for f in features] == [info["num_chs"] for info in model.feature_info]
+    of_blocks = [f for f, info in zip(features, model.feature_info, strict=True) if info["reduction"] >= 4]
+    assert all(feature is output for feature, output in zip(of_blocks, made, strict=True))  # called once, in order
+    for hook in hooks:
+        hook.remove()
 
     model.reset_classifier(3)
     assert model(x).shape == (2, 3)

@@ -3,8 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.oracles import eigh_function, random_covariance, sqrt_gradient, truncated_sqrt
-from timm_gsop import eigh_power, newton_schulz_sqrt
+from tests.oracles import eigh_function, plain_newton_schulz, random_covariance, sqrt_gradient, truncated_sqrt
+from tests.tolerances import gradient_error
+from timm_gsop import covariance_pool, covariance_sqrt, eigh_power, newton_schulz_sqrt
 from timm_gsop.layers.matrix_sqrt import newton_schulz_inverse_sqrt
 
 ROOTS = [newton_schulz_sqrt, eigh_power]
@@ -53,7 +54,7 @@ def test_the_inverse_root_of_zero_is_zero():
 
 
 @newton_schulz
-@pytest.mark.parametrize("num_iters", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_iters", [1, 2, 3, 5, 8, 9, 10])  # from nine on, its last steps by the plain chain rule
 def test_newton_schulz_gradients(function, num_iters):
     cov = random_covariance(2, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda c: function(c, num_iters), cov)
@@ -67,6 +68,35 @@ def test_newton_schulz_without_gradients_is_the_same(function, num_iters):
     with torch.no_grad():
         root = function(cov, num_iters)
     torch.testing.assert_close(root, function(cov, num_iters), rtol=1e-12, atol=1e-12)
+
+
+def value_and_gradient(function, x, weight, needs_gradient=True):
+    x = x.detach().requires_grad_(needs_gradient)
+    root = function(x)
+    return root.detach(), torch.autograd.grad((root * weight).sum(), x)[0] if needs_gradient else None
+
+
+@pytest.mark.parametrize("num_iters", range(1, 21))
+@pytest.mark.parametrize("positions", [64, 13, 8, 2], ids=lambda m: f"rank {min(m - 1, 16)}")
+@pytest.mark.parametrize("what", ["root", "inverse root", "root of features"])
+def test_rounding_is_that_of_the_published_iteration(what, positions, num_iters):
+    """And of its gradient by autograd, in float32 beside float64: 16 channels, whose covariance has this rank."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 16, positions, dtype=torch.float64)
+    if what == "root of features":  # of at most 8 positions, by matrices between positions
+        ours, plain = covariance_sqrt, lambda x, n: plain_newton_schulz(covariance_pool(x), n)[0]
+    else:
+        x, i = covariance_pool(x), what.startswith("inverse")
+        ours, plain = (newton_schulz_sqrt, newton_schulz_inverse_sqrt)[i], lambda c, n: plain_newton_schulz(c, n)[i]
+    weight = torch.randn(8, 16, 16, dtype=torch.float64)
+    weight = weight + weight.mT
+    exact, exact_grad = value_and_gradient(lambda x: plain(x, num_iters), x, weight)
+    allowed, allowed_grad = value_and_gradient(lambda x: plain(x, num_iters), x.float(), weight.float())
+    for needs_gradient in (True, False):
+        root, grad = value_and_gradient(lambda x: ours(x, num_iters), x.float(), weight.float(), needs_gradient)
+        assert gradient_error(root, exact) <= 3 * max(gradient_error(allowed, exact), 1e-7)
+        if needs_gradient:
+            assert gradient_error(grad, exact_grad) <= 3 * max(gradient_error(allowed_grad, exact_grad), 1e-7)
 
 
 @pytest.mark.parametrize("num_iters", [1, 3, 5])

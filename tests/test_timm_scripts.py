@@ -250,3 +250,35 @@ def test_from_a_run_to_fine_tuning_to_a_folder_to_a_card(digits, tmp_path):
     card = (tmp_path / "staged/README.md").read_text()
     assert "**measured**: top-1" in card
     assert "neutral" not in card
+
+
+BACKBONES = {
+    "cnn": ["backbone=resnet18", "channels=[8,16,24,32]", "gsop_stages=[3]", "cov_dim=8"],
+    "vit": ["backbone=vit_tiny_patch16_224", "img_size=32", "patch_size=8", "embed_dim=24", "depth=2", "num_heads=3"],
+}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_second_order_from_training_to_a_card(backbone, digits, tmp_path):
+    """model_best.pth.tar to a folder, which validate.py measures as train.py did, to what would be published."""
+    given = ["--data-dir", digits, "--device", "cpu", "--model", "second_order"]
+    train_py = ["train.py", *given, "--output", tmp_path, "--experiment", "run", "--epochs", "1", "-b", "32", "-j", "1"]
+    kwargs = ["--model-kwargs", *BACKBONES[backbone], "isqrt_dim=8", "--num-classes", "10", "--input-size", "3 32 32"]
+    lines = {
+        "train": [*train_py, "--lr", "0.05", *" ".join(kwargs).split()],
+        "convert": ["--from", "timm", tmp_path / "run/model_best.pth.tar", tmp_path / "folder"],
+        "validate": ["validate.py", *given[:-1], f"local-dir:{tmp_path / 'folder'}", "--pretrained", "--split", "val"],
+        "publish": [tmp_path / "folder", "--repo", "me/mine", "--dry-run"],
+    }
+    found = {}
+    for name, (first, *rest) in lines.items():
+        script = Path(SCRIPTS) / str(first) if name in ("train", "validate") else ROOT / f"hub/{name}.py"
+        options = rest if name in ("train", "validate") else [first, *rest]
+        line = [sys.executable, *map(str, (script, *options))]
+        done = subprocess.run(line, env=ENV, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        found[name] = done.stdout
+    measured = json.loads(found["validate"].rpartition("--result")[2])["top1"]
+    assert measured == pytest.approx(float(summary(tmp_path)[0]["eval_top1"]), abs=0.01)
+    card = (tmp_path / "folder-upload/README.md").read_text()
+    assert "**Classes**: 10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n" in card

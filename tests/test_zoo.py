@@ -14,7 +14,7 @@ SMALL_BASES = {
 }
 PLACEMENT = {
     "resnext50_32x4d": ["layer1.3", "layer2.4", "layer3.6", "layer4.3"],
-    "densenet121": [*(f"features.transition{i}.gsop" for i in (1, 2, 3)), "features.norm5.gsop"],
+    "densenet121": [*(f"features.denseblock{i}_gsop" for i in (1, 2, 3)), "features.norm5_gsop"],
     "inception_v3": ["Mixed_5d.gsop", "Mixed_6e.gsop", "Mixed_7c.gsop"],
 }
 every_network = pytest.mark.parametrize(("base", "net"), [(base, net) for base in SMALL_BASES for net in (1, 2)])

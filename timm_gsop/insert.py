@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,10 @@ from timm.layers import get_device_dtype
 from timm.models import get_model_input_config
 from torch import nn
 
+from timm_gsop.attach import CHILD, attach_gsop, can_attach_gsop, group_with_blocks, keep_names
 from timm_gsop.layers import NEUTRAL_SCALE, GsopBlock, check_gsop, create_gsop, start_at_half
 
-__all__ = ["attach_gsop", "evaluation_mode", "insert_gsop"]
-
-CHILD = "gsop"  # the name that a block has in the module that it follows or precedes
+__all__ = ["evaluation_mode", "insert_gsop"]
 
 
 def insert_gsop(
@@ -27,11 +27,12 @@ def insert_gsop(
 ) -> nn.Module:
     """Put a GSoP block with its shortcut after stages of a model, in place.
 
-    A block becomes the child ``gsop`` of the module whose output it takes, so that the model's own weights keep their
-    names, and its pretrained weights still load. Places are found, and checked, by running the model once or a few
-    times on a blank image. timm does not record the blocks when it saves the model. To load one, create it, insert with
-    the same arguments, then load the weights. The registered network ``second_order`` records all of this in its
-    configuration.
+    A block becomes a module on the way of the data (:func:`timm_gsop.attach.attach_gsop`). The model's own weights keep
+    their names, so that its pretrained weights still load, and a stage's feature map is what its block returns. Places
+    are found, and checked, by running the model once or a few times on a blank image. In layer-wise learning rates, a
+    block has the rate of its stage. timm does not record the blocks when it saves the model. To load one, create it,
+    insert with the same arguments, then load the weights. The registered network ``second_order`` records all of this
+    in its configuration.
 
     Args:
         model: A timm model with ``feature_info``; also one created with ``features_only=True``.
@@ -72,27 +73,29 @@ def insert_gsop(
             start_at_half(gsop)
         blocks[level] = GsopBlock(gsop, scale=NEUTRAL_SCALE if neutral else 1.0).train(model.training)
     _attach_where_called_once(model, blocks, sites)
+    if blocks and hasattr(model, "group_matcher"):
+        model.group_matcher = partial(group_with_blocks, model, matcher=model.group_matcher)
     return model
 
 
 class _Calls:
-    """Which tensors went into and came out of which modules, and are the model's feature maps, in one run."""
+    """Which modules returned the model's feature maps in one run."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._came_from: dict[tuple[int, int], list[nn.Module]] = {}
-        self._went_into: dict[int, list[nn.Module]] = {}
+        self._came_from: dict[tuple[int, int], list[str]] = {}
         self._keep: list[Any] = []  # tensors that live have ids of their own
 
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._keep += [args, output]
-            if isinstance(output, torch.Tensor):
-                modules = self._came_from.setdefault(self._key(output), [])
-                passed_on = bool(modules) and len(args) > 0 and args[0] is output  # an identity made nothing
-                modules += [] if passed_on else [module]
-            if args:
-                self._went_into.setdefault(id(args[0]), []).append(module)
+        def note(path: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                self._keep += [args, output]
+                if isinstance(output, torch.Tensor):
+                    paths = self._came_from.setdefault(self._key(output), [])
+                    passed_on = bool(paths) and len(args) > 0 and args[0] is output  # an identity made nothing
+                    paths += [] if passed_on else [path]
 
-        hooks = [module.register_forward_hook(note) for module in model.modules() if module is not model]
+            return hook
+
+        hooks = [module.register_forward_hook(note(path)) for path, module in model.named_modules() if path]
         try:
             self.features = _run(model)
         finally:
@@ -103,13 +106,9 @@ class _Calls:
     def _key(x: torch.Tensor) -> tuple[int, int]:
         return id(x), x._version  # an activation in place changes the version
 
-    def came_from(self, level: int) -> list[nn.Module]:
-        """Modules whose output is the feature map, inner ones first."""
+    def came_from(self, level: int) -> list[str]:
+        """Names of the modules whose output is the feature map, inner ones first."""
         return self._came_from.get(self._key(self.features[level]), [])
-
-    def went_into(self, level: int) -> list[nn.Module]:
-        """Modules whose input is the feature map."""
-        return self._went_into.get(id(self.features[level]), [])
 
 
 def _feature_levels(model: nn.Module, stages: Sequence[int] | None) -> list[int]:
@@ -141,8 +140,8 @@ def _run(model: Any) -> list[torch.Tensor]:
         return model(image)  # created with features_only
 
 
-def _possible_sites(model: nn.Module, calls: _Calls, level: int) -> list[tuple[nn.Module, bool]]:
-    """Modules to attach a block to, best first, and whether the block goes in front of the module."""
+def _possible_sites(model: nn.Module, calls: _Calls, level: int) -> list[str]:
+    """Names of the modules that a block could follow, best first."""
     info, feature = _feature_infos(model)[level], calls.features[level]
     shape = tuple(feature.shape)
     if len(shape) != 4 or shape[1] != info["num_chs"]:
@@ -150,11 +149,10 @@ def _possible_sites(model: nn.Module, calls: _Calls, level: int) -> list[tuple[n
             f"model={type(model).__name__} has features of shape {shape} at stage {level} ({info['module']}); "
             f"accepted: (B, {info['num_chs']}, H, W)."
         )
-    behind = [module for module in calls.came_from(level) if _takes_children(module)]
-    before = [module for module in calls.went_into(level) if _is_plain_sequential(module)]
-    behind.reverse()  # outer ones first
-    behind.sort(key=lambda module: not _takes_one_tensor(module))
-    return [*[(module, False) for module in behind], *[(module, True) for module in before]]
+    sites = [path for path in calls.came_from(level) if can_attach_gsop(model, path)]
+    sites.reverse()  # outer ones first
+    sites.sort(key=lambda path: not _takes_one_tensor(model.get_submodule(path)))
+    return sites
 
 
 def _takes_one_tensor(module: nn.Module) -> bool:
@@ -163,20 +161,10 @@ def _takes_one_tensor(module: nn.Module) -> bool:
     return len(parameters) == 1 and parameters[0].annotation in (inspect.Parameter.empty, torch.Tensor)
 
 
-def _is_plain_sequential(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-
-
-def _takes_children(module: nn.Module) -> bool:
-    """Whether an extra child is safe: not in containers whose items the forward pass calls in its own way."""
-    return _is_plain_sequential(module) or not isinstance(module, nn.Sequential | nn.ModuleDict | nn.ModuleList)
-
-
-def _attach_where_called_once(
-    model: nn.Module, blocks: dict[int, GsopBlock], sites: dict[int, list[tuple[nn.Module, bool]]]
-) -> None:
-    """Attach each block to the first of its sites where a forward pass calls it just once."""
+def _attach_where_called_once(model: nn.Module, blocks: dict[int, GsopBlock], sites: dict[int, list[str]]) -> None:
+    """Attach each block to the first of its sites where it is called just once, and makes the feature map."""
     detach: dict[int, Callable[[], None]] = {}
+    tried: dict[int, list[str]] = {level: [] for level in blocks}  # where it is called just once
     try:
         pending = list(blocks)
         while pending:
@@ -187,70 +175,38 @@ def _attach_where_called_once(
                         f"model={type(model).__name__} has no place for a block at stage {level} ({module}); accepted: "
                         "models whose feature maps come out of one module, as (B, C, H, W)."
                     )
-                detach[level] = attach_gsop(blocks[level], *sites[level].pop(0))
-            counts = _count_calls(model, blocks)
-            pending = [level for level in blocks if counts[level] != 1]
-            for level in pending:
+                tried[level].append(sites[level].pop(0))
+                detach[level] = attach_gsop(blocks[level], model, tried[level][-1])
+            calls, made = _count_calls(model, blocks)
+            pending = [level for level in blocks if calls[level] != 1 or not made[level]]
+            for level in reversed(pending):
                 detach.pop(level)()
+                tried[level] = [path for path in tried[level] if calls[level] == 1 or path != tried[level][-1]]
     except BaseException:
-        for undo in detach.values():
+        for undo in reversed(detach.values()):
             undo()
         raise
+    for level, (first, *others) in tried.items():
+        if others:  # where blocks were before they had to make the feature map
+            blocks[level].names = (f"{others[-1]}.{CHILD}", f"{first}.{CHILD}")
+            keep_names(model)
 
 
-def _count_calls(model: nn.Module, blocks: dict[int, GsopBlock]) -> dict[int, int]:
-    counts = dict.fromkeys(blocks, 0)
+def _count_calls(model: nn.Module, blocks: dict[int, GsopBlock]) -> tuple[dict[int, int], dict[int, bool]]:
+    """How often each block is called, and whether what it returns is the feature map of its stage."""
+    outputs: dict[int, list[torch.Tensor]] = {level: [] for level in blocks}
 
-    def count(level: int) -> Any:
-        def hook(*_: Any) -> None:
-            counts[level] += 1
+    def note(level: int) -> Callable[..., None]:
+        return lambda _, __, output: outputs[level].append(output)
 
-        return hook
-
-    hooks = [block.register_forward_hook(count(level)) for level, block in blocks.items()]
+    hooks = [block.register_forward_hook(note(level)) for level, block in blocks.items()]
     try:
-        _run(model)
+        features = _run(model)
     finally:
         for hook in hooks:
             hook.remove()
-    return counts
-
-
-def attach_gsop(block: nn.Module, module: nn.Module, in_front: bool = False) -> Callable[[], None]:
-    """Make a block the child ``gsop`` of a module, so that it takes the module's output, or its input.
-
-    Args:
-        block: The block.
-        module: The module. A plain ``nn.Sequential`` gets the block as its last child; another one gets a forward hook.
-        in_front: Whether the block takes the input; of a plain ``nn.Sequential`` only, as its first child.
-
-    Returns:
-        A function that undoes it.
-
-    Raises:
-        ValueError: If the module already has a child of that name, such as a block.
-    """
-    if hasattr(module, CHILD):
-        raise ValueError(f"module={type(module).__name__} has a {CHILD!r} already; accepted: a module without one.")
-    if in_front:
-        children = dict(module._modules)
-        module._modules.clear()
-        module._modules.update({CHILD: block, **children})
-    else:
-        module.add_module(CHILD, block)
-    hook = None if _is_plain_sequential(module) else module.register_forward_hook(apply_gsop)
-
-    def detach() -> None:
-        del module._modules[CHILD]
-        if hook is not None:
-            hook.remove()
-
-    return detach
-
-
-def apply_gsop(self, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """Forward hook: pass a module's output through its child ``gsop``."""
-    return self.gsop(output)
+    made = {level: any(output is features[level] for output in found) for level, found in outputs.items()}
+    return {level: len(found) for level, found in outputs.items()}, made
 
 
 @contextmanager

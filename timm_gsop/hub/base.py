@@ -14,6 +14,7 @@ from timm.models.inception_v3 import InceptionV3
 from timm.models.resnet import ResNet
 
 from timm_gsop.hub.hub_folder import is_ours
+from timm_gsop.hub.labels import labels_of_training
 from timm_gsop.pretrained.checkpoint import Weights, read_checkpoint
 
 __all__ = ["Base", "find_base"]
@@ -90,7 +91,9 @@ class Base(NamedTuple):
         if self.data_config is not None:
             return {**self.data_config, **given}
         name = model.pretrained_cfg["architecture"]
-        config = resolve_input_data_config(model, args=given, pretrained_cfg=get_pretrained_cfg(name).to_dict())
+        cfg = get_pretrained_cfg(name)
+        known = cfg.to_dict() if cfg.tag else model.pretrained_cfg  # a second_order's is its backbone's
+        config = resolve_input_data_config(model, args=given, pretrained_cfg=known)
         if not given:
             _logger.warning(
                 "No args.yaml is beside %s: its preprocessing is taken to be the default of %s, %s. --input-size, "
@@ -169,7 +172,7 @@ def _from_folder(folder: Path) -> Base:
         model.state_dict(),
         cfg["architecture"],
         {key: value for key, value in model.pretrained_model_args.items() if key not in ("num_classes", "in_chans")},
-        reduction=model.feature_info[-1]["reduction"],
+        reduction=_reduction(model),
         data_config=_of_config(cfg),
         labels=labels or None,
         description=f"a {cfg['architecture']} of one's own, {folder.name}",
@@ -179,26 +182,49 @@ def _from_folder(folder: Path) -> Base:
 def _from_file(path: Path) -> Base:
     weights = read_checkpoint(path)
     args = _read_args(path.with_name("args.yaml"))
-    name = str(args.get("model", "")).partition(".")[0]
-    if not timm.is_model(name):
+    model = _model_of_training(args)
+    if model is None:
         return Base(str(path), weights, description=f"the weights in {path.name}")
-    kwargs = dict(args.get("model_kwargs") or {})
-    if args.get("gp"):
-        kwargs["global_pool"] = args["gp"]
+    name = model.pretrained_cfg["architecture"]
     given = {key: args[key] for key in PREPROCESSING if args.get(key) is not None}
-    in_chans = args.get("in_chans") or (given["input_size"][0] if "input_size" in given else None)
-    with torch.device("meta"):
-        model = timm.create_model(name, **{**kwargs, **({} if in_chans is None else {"in_chans": in_chans})})
-    config = resolve_input_data_config(model, args=given, pretrained_cfg=get_pretrained_cfg(args["model"]).to_dict())
+    classifier = weights.get(f"{model.pretrained_cfg['classifier']}.weight")
     return Base(
         str(path),
         weights,
         name,
-        kwargs,
-        reduction=model.feature_info[-1]["reduction"],
-        data_config=_of_config(config),
+        {**model.pretrained_model_args, **_arguments_of_training(args)},
+        reduction=_reduction(model),
+        data_config=_of_config(resolve_input_data_config(model, args=given)),
+        labels=None if classifier is None else labels_of_training(args, len(classifier)),
         description=f"a {name} trained with timm's train.py, {path.name}",
     )
+
+
+def _model_of_training(args: dict[str, Any]) -> Any:
+    """The network that train.py made, without values; None where its arguments do not say which."""
+    name = str(args.get("model", ""))
+    if not (timm.is_model(name.partition(".")[0]) or name.startswith(("local-dir:", "hf-hub:"))):
+        return None
+    with torch.device("meta"):
+        return timm.create_model(name, **_arguments_of_training(args))
+
+
+def _arguments_of_training(args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that train.py gave to the network, as far as they change what it computes."""
+    kwargs = dict(args.get("model_kwargs") or {})
+    size = args.get("input_size")
+    given = dict(
+        in_chans=args.get("in_chans") or (size[0] if size else None),
+        global_pool=args.get("gp"),
+        bn_eps=args.get("bn_eps"),
+    )
+    return {**{key: value for key, value in given.items() if value is not None}, **kwargs}
+
+
+def _reduction(model: Any) -> int | None:
+    """Stride of a network's last features, where it says."""
+    infos = list(getattr(model, "feature_info", None) or ())
+    return infos[-1]["reduction"] if infos else None
 
 
 def _of_config(config: dict[str, Any]) -> dict[str, Any]:

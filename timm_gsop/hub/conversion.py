@@ -6,7 +6,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from timm.models.densenet import DenseNet
 from timm.models.inception_v3 import InceptionV3
 from timm.models.resnet import ResNet
@@ -15,6 +15,7 @@ from torch import nn
 from timm_gsop.checks import check_choice
 from timm_gsop.hub.base import Base, find_base
 from timm_gsop.hub.hub_folder import check_new_folder, is_ours, save_hub_folder
+from timm_gsop.hub.labels import read_labels
 from timm_gsop.models import GsopResNet
 from timm_gsop.models.gsop_resnet import checkpoint_filter_fn, default_cfgs
 from timm_gsop.models.gsop_zoo import filter_without_aux
@@ -46,6 +47,7 @@ def convert(
     model_name: str | None = None,
     model_kwargs: dict[str, Any] | None = None,
     data_config: dict[str, Any] | None = None,
+    label_names: Path | None = None,
 ) -> nn.Module:
     """Convert a checkpoint into a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads.
 
@@ -61,6 +63,8 @@ def convert(
         model_kwargs: Arguments of the network, besides what the checkpoint shows.
         data_config: Preprocessing, where it is not the checkpoint's: ``input_size``, ``mean``, ``std``,
             ``interpolation``, ``crop_pct``.
+        label_names: Names of the classes: a folder of images with a folder a class, or a text file with a name a line.
+            None for those in the data folder that train.py's ``args.yaml`` names, if it is here.
 
     Returns:
         The network, in evaluation.
@@ -84,11 +88,18 @@ def convert(
     kwargs = {**base.arguments_for(name), **given}
     _say_if_the_stride_differs(base, name, kwargs)
     # Not the name's default weights, whose origin and licence would be said of these.
-    model = timm.create_model(f"{name}.untrained", **kwargs).eval()
+    model = timm.create_model(_without_weights(name), **kwargs).eval()
     _check_head(model, base.weights, checkpoint, name)
     load_exactly(model, _fit(base.weights, model))
-    save_hub_folder(model, folder, base.preprocessing(model, data_config or {}), base.provenance_in(name), base.labels)
+    labels = base.labels if label_names is None else read_labels(label_names, model.num_classes)
+    save_hub_folder(model, folder, base.preprocessing(model, data_config or {}), base.provenance_in(name), labels)
     return model
+
+
+def _without_weights(name: str) -> str:
+    """A network's name with the tag of no weights, if it has tags."""
+    untrained = f"{name.partition('.')[0]}.untrained"
+    return untrained if untrained in get_arch_pretrained_cfgs(name) else name
 
 
 def _name_for(base: Base, checkpoint: str, model_name: str | None) -> str:
@@ -159,7 +170,7 @@ def _say_if_the_stride_differs(base: Base, name: str, kwargs: dict[str, Any]) ->
     if base.same_arguments:
         return
     with torch.device("meta"):
-        target = timm.create_model(f"{name}.untrained", **kwargs)
+        target = timm.create_model(_without_weights(name), **kwargs)
     if isinstance(target, ResNet) and base.reduction_in(target) != target.feature_info[-1]["reduction"]:
         _logger.warning(
             "The function changes: %s has a last stage of another stride than the checkpoint's network, for which its "

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import timm
 import torch
-from timm.data import ImageNetInfo
 from timm.models import PretrainedCfg, save_for_hf
 from torch import nn
+
+from timm_gsop.hub.labels import imagenet_labels
 
 __all__ = ["HubFolder", "check_hub_folder", "check_new_folder", "is_ours", "is_staged", "save_hub_folder"]
 
@@ -83,9 +84,7 @@ def save_hub_folder(
     check_new_folder(folder)
     config: dict[str, Any] = dict(labels or {})
     if model.num_classes == 1000 and not config:
-        imagenet = ImageNetInfo("imagenet-1k")
-        descriptions = imagenet.label_descriptions(as_dict=True)
-        config = dict(label_names=imagenet.label_names(), label_descriptions=descriptions)
+        config = imagenet_labels()
     if provenance is not None:
         config["provenance"] = dict(
             name=f"{provenance.architecture}.{provenance.tag}",

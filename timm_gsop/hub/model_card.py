@@ -25,7 +25,7 @@ HUB_DATASETS = {
     "Fashion-MNIST": "zalando-datasets/fashion_mnist",
 }
 RECIPE = (
-    *("dataset", "epochs", "batch_size", "input_size", "opt", "lr", "momentum", "weight_decay", "sched"),
+    *("dataset", "pretrained", "epochs", "batch_size", "input_size", "opt", "lr", "momentum", "weight_decay", "sched"),
     *("warmup_epochs", "smoothing", "mixup", "cutmix", "aa", "reprob", "drop", "drop_path"),
     *("model_ema", "amp", "amp_dtype", "seed"),
 )
@@ -90,7 +90,7 @@ def model_card(folder: HubFolder, repo_id: str, figure: str | None = None, licen
         "Backbone": _backbone(folder),
         "Parameters": f"{sum(p.numel() for p in folder.model.parameters()) / 1e6:.2f} M (measured)",
         "Multiply-accumulates": f"{macs / 1e9:.2f} G for one image of {_times(size)} (measured)",
-        "Classes": folder.config["num_classes"],
+        "Classes": _classes(folder.config),
         "Licence": license or "not stated",
     }
     sections = [
@@ -105,6 +105,15 @@ def model_card(folder: HubFolder, repo_id: str, figure: str | None = None, licen
         f"## Citation\n\n```bibtex\n{CITATIONS}\n```",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _classes(config: dict[str, Any]) -> str:
+    """Number of classes, and the first of their names where these are words."""
+    names = config.get("label_names") or ()
+    if not names or config.get("label_descriptions"):
+        return str(config["num_classes"])
+    shown = list(names.values() if isinstance(names, dict) else names)
+    return f"{config['num_classes']}: {', '.join(map(str, shown[:10]))}{', …' if len(shown) > 10 else ''}"
 
 
 def _base_model(origin_url: Any) -> str | None:

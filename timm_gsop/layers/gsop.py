@@ -14,6 +14,7 @@ from timm_gsop.checks import (
 from timm_gsop.layers.adaptive_pool import adaptive_avg_pool2d
 from timm_gsop.layers.channel_reduction import ChannelReduction
 from timm_gsop.layers.covariance import covariance_pool, position_covariance
+from timm_gsop.layers.hooks import output_is_hooked
 from timm_gsop.layers.row_conv import RowConv2d
 
 __all__ = [
@@ -36,8 +37,23 @@ for _leaf in (
     "check_ndim",
     "covariance_pool",
     "position_covariance",
+    "rescale",
 ):
     torch.fx.wrap(_leaf)
+
+
+def rescale(x: torch.Tensor, weights: torch.Tensor, shortcut: float = 0.0, scale: float = 1.0) -> torch.Tensor:
+    """Return ``scale · (shortcut · x + x · weights)``, in one pass over ``x``.
+
+    Args:
+        x: Features, (B, C, H, W).
+        weights: (B, C, 1, 1) or (B, 1, H, W).
+        shortcut: How much of ``x`` is added to what is scaled: 0 for none.
+        scale: Factor on the whole.
+    """
+    if shortcut != 0.0:
+        weights = shortcut + weights
+    return x * (weights if scale == 1.0 else scale * weights)
 
 
 class Gsop(nn.Module):
@@ -74,9 +90,12 @@ class Gsop(nn.Module):
             check_batch_for_training("input", x, self.excitation.row_conv_bn)
         return self.resize(self.excitation(self.squeeze(x)), x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scale ``x``, (B, C, H, W)."""
-        return x * self.weights(x)
+    def forward(self, x: torch.Tensor, shortcut: float = 0.0, scale: float = 1.0) -> torch.Tensor:
+        """Scale ``x``, (B, C, H, W): ``scale · (shortcut · x + x · w)``.
+
+        A :class:`GsopBlock` gives the factors, so that its shortcut costs no pass over the features.
+        """
+        return rescale(x, self.weights(x), shortcut, scale)
 
 
 class CovarianceExcitation(nn.Module):
@@ -339,8 +358,8 @@ class GsopBlock(nn.Module):
             features, as timm's do.
         scale: Factor on the output. With 2/3, a block whose weights are one half is the identity.
 
-    Around a layer of this package that only scales, the shortcut is added to the layer's weights, in one pass
-    over the features. The layer's own ``forward``, and hooks on it, are not called then; those of its parts are.
+    A layer of this package that only scales adds the shortcut itself, in one pass over the features. Where a hook sees
+    the layer's output, or the gradient of that, the layer is called without: the hook sees what ``gsop(x)`` returns.
 
     Raises:
         ValueError: If ``scale`` is not positive.
@@ -353,20 +372,26 @@ class GsopBlock(nn.Module):
         True
     """
 
-    in_one_pass: torch.jit.Final[bool]
+    # For TorchScript, the property is a constant: only one of the two ways may be compiled.
+    __constants__ = ("in_one_pass",)
+    __jit_unused_properties__ = ("in_one_pass",)
 
     def __init__(self, gsop: nn.Module, scale: float = 1.0) -> None:
         check_positive("scale", scale)
         super().__init__()
         self.gsop = gsop
         self.scale = float(scale)
-        self.in_one_pass = isinstance(gsop, Gsop) and type(gsop).forward is Gsop.forward
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether the layer adds the shortcut itself. Asked at each call: the layer may be wrapped or exchanged."""
+        # A forward of its own, of the class or of this object, need not know a shortcut.
+        return getattr(self.gsop.forward, "__func__", None) is Gsop.forward and not output_is_hooked(self.gsop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``scale · (x + gsop(x))``, (B, C, H, W)."""
         if self.in_one_pass:
-            factor = 1 + self.gsop.weights(x)  # type: ignore[operator]
-            return x * (factor if self.scale == 1.0 else self.scale * factor)
+            return self.gsop(x, shortcut=1.0, scale=self.scale)
         y = x + self.gsop(x)
         return y if self.scale == 1.0 else self.scale * y
 

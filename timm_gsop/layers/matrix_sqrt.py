@@ -75,12 +75,12 @@ def _newton_schulz(cov: torch.Tensor, num_iters: int, inverse: bool) -> torch.Te
         if not (inverse and is_last):
             y = torch.bmm(y, factor)
         if inverse or not is_last:
-            z = torch.bmm(z, factor) if k > 0 else factor
+            z = torch.bmm(factor, z) if k > 0 else factor
     if num_iters == 1:
         z = _first_factor(a)
         y = z if inverse else torch.bmm(a, z)
     elif num_iters % 2 == 1:
-        y = torch.bmm(z if inverse else y, _factor(z, y))
+        y = torch.bmm(_factor(z, y), z) if inverse else torch.bmm(y, _factor(z, y))
     elif inverse:
         y = z
     return y * _scale(trace, is_zero, inverse)
@@ -117,14 +117,13 @@ def _factor(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def _two_factors(p: torch.Tensor) -> torch.Tensor:
     """Product of the factors of two steps, T = (3I - P) / 2 and (3I - P T²) / 2, in two products of matrices.
 
-    It is (P - 3)(P - r)(P² + (r - 6) P + 12 / r) / 16, where r is the real root of P³ - 6P² + 9P - 12. Between the
-    eigenvalues of P, 0 and 1, neither quadratic comes near zero, so that no digits are lost.
+    With W = -P T / 2 it is 3/2 T + (3/2 T + W) W, because T² is 3/2 T + W. Both of its terms are small sums of numbers
+    of one size, so that no digits are lost.
     """
-    r = 2 + (5 + 24**0.5) ** (1 / 3) + (5 - 24**0.5) ** (1 / 3)
-    eye = _eye(p)
-    left = _add_product(torch.sub(3 * r * eye, p, alpha=3 + r), p, p)
-    right = torch.add(left, p, alpha=2 * r - 3).add_((12 / r - 3 * r) * eye)
-    return _add_product(left, left, right, beta=0.0, alpha=1 / 16)
+    t = _first_factor(p)
+    w = _add_product(t, p, t, beta=0.0, alpha=-0.5)
+    t = 1.5 * t
+    return _add_product(t, t + w, w)
 
 
 def _add_product(
@@ -155,8 +154,11 @@ def _steps(a: torch.Tensor, num_iters: int, inverse: bool) -> tuple[list[torch.T
         if not (inverse and is_last):
             ys.append(torch.bmm(ys[-1], factor))
         if inverse or not is_last:
-            zs.append(torch.bmm(zs[-1], factor))
+            zs.append(torch.bmm(factor, zs[-1]))
     return ys, zs
+
+
+_NUM_EARLY_STEPS = 8  # with the short gradient; at ten, rounding in rank-deficient matrices shows in it
 
 
 class _NewtonSchulz(torch.autograd.Function):
@@ -213,15 +215,18 @@ def _gradient(
         \qquad U = Y G, \; V = H Z
 
     where sym is the symmetric part. These are four products; the plain chain rule has six. Two are saved
-    because Y and Z are symmetric and commute.
+    because Y and Z are symmetric. Late steps take all of them (:func:`_before_late_steps`).
     """
     if not ys:  # a single step, to A (3I - A) / 2, or to (3I - A) / 2
         u = g if inverse else torch.bmm(a, g)
         half = -0.25 * g if inverse else torch.sub(0.75 * g, u, alpha=0.5)
         inner = 1.5 * _trace(u) - 0.5 * _inner(u, a)
     else:
-        half, h, inner = _before_last_step(g, ys[-1], zs[-1], inverse)
-        for y, z in zip(reversed(ys[:-1]), reversed(zs[:-1]), strict=True):
+        if len(ys) < _NUM_EARLY_STEPS:
+            half, h, inner = _before_last_step(g, ys.pop(), zs.pop(), inverse)
+        else:
+            half, h, inner = _before_late_steps(g, ys, zs, inverse)
+        for y, z in zip(reversed(ys), reversed(zs), strict=True):
             g = _plus_transpose(half)
             u, v = torch.bmm(y, g), torch.bmm(h, z)
             half = _less_product(g, z, torch.add(u, v, alpha=0.5))
@@ -249,6 +254,31 @@ def _before_last_step(
     inner = 0.75 * _trace(u)
     half = _less_product(g, z, u)
     return half, _plus_transpose(torch.baddbmm(u, u, y, beta=0, alpha=-0.25)), inner + _inner(half, y)
+
+
+def _before_late_steps(
+    g: torch.Tensor, ys: list[torch.Tensor], zs: list[torch.Tensor], inverse: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As :func:`_before_last_step`, of all late steps, by the plain chain rule. They are taken off the lists.
+
+    Where the covariance has no rank, rounding grows by half in each step, and with it what Y and Z lack to be
+    symmetric. The plain chain rule follows that, so that most of it vanishes in the gradient of the features.
+    """
+    g, h = (torch.zeros_like(g), g) if inverse else (g, torch.zeros_like(g))
+    inner = torch.zeros_like(_trace(g))
+    is_last = True
+    while len(ys) >= _NUM_EARLY_STEPS:
+        y, z = ys.pop(), zs.pop()
+        factor = _factor(z, y)
+        yt, zt, ft = y.transpose(1, 2), z.transpose(1, 2), factor.transpose(1, 2)
+        through_factor = torch.baddbmm(torch.bmm(yt, g), h, zt)
+        g, h = torch.bmm(g, ft), torch.bmm(ft, h)
+        if is_last:
+            inner = _inner(h, z) if inverse else _inner(g, y)
+            is_last = False
+        g = torch.baddbmm(g, zt, through_factor, alpha=-0.5)
+        h = torch.baddbmm(h, through_factor, yt, alpha=-0.5)
+    return 0.5 * g, 0.5 * _plus_transpose(h), inner
 
 
 def _less_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -188,7 +188,7 @@ class OfficialPositionGsop(PositionGsop):
         weights = weights.reshape(-1, 1, self.spatial_size, self.spatial_size)
         return adaptive_avg_pool2d(weights, x.shape[2], x.shape[3])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # a block adds its shortcut itself
         """Scale the positions of ``x``, (B, C, H, W), and rectify."""
         # Not F.relu, which keeps its output for the gradient: timm's bottleneck adds the shortcut in place.
         return (x * self.weights(x)).clamp_min(0)

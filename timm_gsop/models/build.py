@@ -7,8 +7,9 @@ from typing import Any
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 
 from timm_gsop.pretrained.checkpoint import Weights
-from timm_gsop.pretrained.head import fit_head
+from timm_gsop.pretrained.head import check_isqrt_dim, fit_head
 from timm_gsop.pretrained.locate import locate_weights
+from timm_gsop.pretrained.mismatch import check_options, check_same_network
 
 __all__ = ["build_model"]
 
@@ -47,6 +48,8 @@ def build_model(
 
     Raises:
         RuntimeError: If there are no weights for it, or they cannot be had.
+        ValueError: If the weights are of another network, or of one with other blocks or another size of the head than
+            its arguments say.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     source = dict(pretrained_cfg_overlay or {})
@@ -58,6 +61,10 @@ def build_model(
     def fit(weights: Weights, model: Any) -> Weights:
         if pretrained_filter_fn is not None:
             weights = pretrained_filter_fn(weights, model)
+        if kwargs.get("pretrained_strict", True):
+            check_options(weights, model)
+            check_same_network(weights, model, variant)
+            check_isqrt_dim(weights, model, "isqrt_dim" in kwargs)
         return fit_head(weights, model, say=not kwargs.get("features_only"))
 
     model = build_model_with_cfg(
@@ -72,7 +79,8 @@ def build_model(
     )
     if cfg.source not in ("hf-hub", "local-dir"):  # where a model's own configuration is
         has_labels = pretrained and getattr(model, "num_classes", None) == cfg.num_classes
-        surplus = {*OF_THE_WEIGHTS, *(() if has_labels else LABELS)} - set(pretrained_cfg_overlay or ())
+        tag = ("tag",) if cfg.tag == "untrained" else ()  # which would be said of what is trained
+        surplus = {*OF_THE_WEIGHTS, *tag, *(() if has_labels else LABELS)} - set(pretrained_cfg_overlay or ())
         own = {key: value for key, value in model.pretrained_cfg.items() if key not in surplus}
         model.pretrained_cfg = model.default_cfg = own
     return model

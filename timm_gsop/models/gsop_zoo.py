@@ -21,14 +21,14 @@ from timm.data import (
     IMAGENET_INCEPTION_STD,
 )
 from timm.layers import trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import FeatureListNet, generate_default_cfgs, register_model
 from timm.models.densenet import DenseNet
 from timm.models.inception_v3 import InceptionV3
 from timm.models.resnet import Bottleneck
 from torch import nn
 
+from timm_gsop.attach import attach_gsop, keep_names
 from timm_gsop.checks import check_choice
-from timm_gsop.insert import attach_gsop
 from timm_gsop.layers import GsopBlock
 from timm_gsop.models.build import build_model
 from timm_gsop.models.gsop_mixin import GsopMixin
@@ -93,13 +93,11 @@ class GsopDenseNet(SmallestImageMixin, GsopMixin, DenseNet):
 
     def add_blocks(self, stage: int, create: Callable[..., nn.Module]) -> None:
         """Put a block before a stage's transition, or after the last batch normalization."""
-        block = GsopBlock(create(self.feature_info[stage]["num_chs"]))
-        if stage < self.num_stages:
+        info = self.feature_info[stage]
+        attach_gsop(GsopBlock(create(info["num_chs"])), self, info["module"])
+        if stage < self.num_stages:  # so that a neutral block changes nothing, in training either
             transition: Any = self.get_submodule(f"features.transition{stage}")
-            attach_gsop(block, transition, in_front=True)
-            transition.norm.eps *= NEUTRAL_GAIN**2  # so that a neutral block changes nothing, in training either
-        else:
-            attach_gsop(block, self.get_submodule("features.norm5"))
+            transition.norm.eps *= NEUTRAL_GAIN**2
 
     def init_base(self) -> None:
         """Initialize the convolutions as timm's DenseNet does; its other layers start as PyTorch's."""
@@ -109,10 +107,13 @@ class GsopDenseNet(SmallestImageMixin, GsopMixin, DenseNet):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's patterns; the last BN, with its block, belongs to the last dense block."""
+        """timm's patterns; a block, and the last BN, belong to the dense block before them."""
         matcher = super().group_matcher(coarse)
-        if not coarse:
-            matcher["blocks"].append((r"^features\.norm5", (99999,)))  # timm's sign for the group before
+        if coarse:
+            matcher["blocks"] = r"^features\.(?:denseblock|transition)(\d+)(?:_gsop)?\."
+        else:
+            before = (99999,)  # timm's sign for the group before
+            matcher["blocks"] += [(r"^features\.denseblock(\d+)_gsop", before), (r"^features\.norm5", before)]
         return matcher
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -150,7 +151,7 @@ class GsopInceptionV3(SmallestImageMixin, GsopMixin, InceptionV3):
     def add_blocks(self, stage: int, create: Callable[..., nn.Module]) -> None:
         """Attach a block to the last module of a stage."""
         info = self.feature_info[stage + 1]  # the stem has two levels
-        attach_gsop(GsopBlock(create(info["num_chs"])), self.get_submodule(info["module"]))
+        attach_gsop(GsopBlock(create(info["num_chs"])), self, info["module"])
 
     def init_base(self) -> None:
         """Initialize the convolutions as timm's Inception-v3 does; its other layers start as PyTorch's."""
@@ -257,8 +258,17 @@ def gsop_resnext50_32x4d_net2(pretrained: bool = False, **kwargs: Any) -> GsopRe
     return _create_gsop_resnext("gsop_resnext50_32x4d_net2", pretrained, **dict(model_args, **kwargs))
 
 
+class _FeatureListNet(FeatureListNet):
+    """timm's, with the lasting names of the blocks in it."""
+
+    def __init__(self, model: GsopDenseNet, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        keep_names(self)
+
+
 def _create_gsop_densenet(variant: str, pretrained: bool, **kwargs: Any) -> GsopDenseNet:
-    feature_cfg = dict(flatten_sequential=True)  # as timm's DenseNet: its levels are inside a sequence
+    # As timm's DenseNet: its levels are inside a sequence.
+    feature_cfg = dict(feature_cls=_FeatureListNet, flatten_sequential=True)
     return build_model(
         GsopDenseNet, variant, pretrained, pretrained_filter_fn=filter_without_aux, feature_cfg=feature_cfg, **kwargs
     )

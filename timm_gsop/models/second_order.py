@@ -9,7 +9,7 @@ Papers:
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,6 @@ from timm.models import (
     generate_default_cfgs,
     get_model_input_config,
     get_pretrained_cfg,
-    group_parameters,
     is_model,
     list_models,
     load_state_dict,
@@ -31,8 +30,9 @@ from timm.models import (
 )
 from torch import nn
 
+from timm_gsop.attach import group_with_blocks
 from timm_gsop.checks import check_choice
-from timm_gsop.insert import CHILD, evaluation_mode, insert_gsop
+from timm_gsop.insert import evaluation_mode, insert_gsop
 from timm_gsop.layers import check_gsop
 from timm_gsop.models.build import build_model
 from timm_gsop.models.global_pool import GlobalPoolMixin
@@ -174,16 +174,10 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         A block is in the group of its stage, all of the head in the last one. With ``--layer-decay 0.2
         --layer-decay-min-scale 0.2``, timm's train.py gives the head five times the learning rate of the backbone.
         """
-        matcher: Any = lambda name: 0  # noqa: E731  # as one, where timm does not group them
-        if hasattr(self.backbone, "group_matcher"):
-            matcher = self.backbone.group_matcher(coarse=coarse)
-        groups: dict[str, int] = group_parameters(self.backbone, matcher, reverse=True)
-        of_blocks = [name for name in groups if f".{CHILD}." in name]
-        own = {name: group for name, group in groups.items() if name not in set(of_blocks)}
-        # Unmatched names (a final norm, for one) may be alone in the last group of the backbone: that is as it was.
-        for name in of_blocks:
-            own[name] = max(_siblings(name, own), default=0)
-        ordered = {f"backbone.{name}": group for name, group in own.items()}
+        matcher = getattr(self.backbone, "group_matcher", None)
+        grouped = group_with_blocks(self.backbone, coarse, matcher)
+        names = [name for name, _ in self.backbone.named_parameters()]
+        ordered = {f"backbone.{name}": grouped(name) for name in names}
         head = max(ordered.values()) + 1
 
         def match(name: str) -> int:
@@ -380,17 +374,6 @@ def _remove_unused(backbone: nn.Module, features: _Features) -> None:
     for name, p in backbone.named_parameters():
         if name in features.unused:
             p.requires_grad_(False)
-
-
-def _siblings(name: str, groups: dict[str, int]) -> Iterator[int]:
-    """Groups of the parameters next to a block: in the module that has it as a child, or the nearest around it."""
-    around = name.partition(f".{CHILD}.")[0]
-    while around:
-        found = [group for other, group in groups.items() if other.startswith(f"{around}.")]
-        if found:
-            yield from found
-            return
-        around = around.rpartition(".")[0]
 
 
 def _check_backbone(name: Any) -> None:

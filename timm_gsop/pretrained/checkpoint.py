@@ -6,7 +6,7 @@ import torch
 from timm.models import load_state_dict
 from torch import nn
 
-__all__ = ["load_exactly", "read_checkpoint"]
+__all__ = ["differences", "load_exactly", "read_checkpoint"]
 
 Weights = dict[str, torch.Tensor]
 
@@ -50,6 +50,18 @@ def load_exactly(model: nn.Module, weights: Weights) -> None:
     """
     own = model.state_dict()
     weights = {**{name: value * 0 for name, value in own.items() if name.endswith("num_batches_tracked")}, **weights}
+    if found := differences(own, weights):
+        raise ValueError(f"The checkpoint does not fit {type(model).__name__}. {found}.")
+    model.load_state_dict(weights)
+
+
+def differences(own: Weights, weights: Weights) -> str:
+    """What is missing, surplus, or of another shape in weights for a network; "" if nothing is.
+
+    Args:
+        own: The network's.
+        weights: Those to be loaded.
+    """
     faults = {
         "missing": sorted(own.keys() - weights.keys()),
         "surplus": sorted(weights.keys() - own.keys()),
@@ -59,10 +71,7 @@ def load_exactly(model: nn.Module, weights: Weights) -> None:
             if name in weights and weights[name].shape != value.shape
         ],
     }
-    found = [f"{what}: {_some(names)}" for what, names in faults.items() if names]
-    if found:
-        raise ValueError(f"The checkpoint does not fit {type(model).__name__}. {'; '.join(found)}.")
-    model.load_state_dict(weights)
+    return "; ".join(f"{what}: {_some(names)}" for what, names in faults.items() if names)
 
 
 def _some(names: list[str], most: int = 5) -> str:

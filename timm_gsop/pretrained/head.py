@@ -7,7 +7,7 @@ import torch
 
 from timm_gsop.pretrained.checkpoint import Weights
 
-__all__ = ["fit_head"]
+__all__ = ["check_isqrt_dim", "fit_head"]
 
 REDUCTION = "global_pool.reduction.conv.weight"
 
@@ -49,6 +49,23 @@ def fit_head(weights: Weights, model: Any, say: bool = True) -> Weights:
             ", ".join(sorted(new)) or "nothing",
         )
     return {**{name: value for name, value in weights.items() if not in_head(name)}, **new}
+
+
+def check_isqrt_dim(weights: Weights, model: Any, chosen: bool) -> None:
+    """Raise ``ValueError`` if covariance pooling has another size in the weights, which nobody has chosen.
+
+    Args:
+        weights: By the network's names.
+        model: One of our networks.
+        chosen: Whether ``isqrt_dim`` was given: then the head of the weights is left out (:func:`fit_head`).
+    """
+    theirs, ours = weights.get(REDUCTION), model.state_dict().get(REDUCTION)
+    if chosen or theirs is None or ours is None or len(theirs) == len(ours):
+        return
+    raise ValueError(
+        f"isqrt_dim={len(ours)}, the default, is not accepted with these weights; accepted: isqrt_dim={len(theirs)}, "
+        f"as they have it. For an untrained head, give isqrt_dim={len(ours)}."
+    )
 
 
 def _shape_of_head(weights: Weights, classifier: str) -> tuple[torch.Size | None, int | None]:

@@ -29,8 +29,9 @@ class _Scaling(NamedTuple):
 
 
 class _Site(NamedTuple):
-    """A block, by the prefix of its weights, and what makes up for it when it is neutral, asked only then."""
+    """A block, the prefix of its weights, and what makes up for it when it is neutral, asked only then."""
 
+    gsop: nn.Module
     block: str
     scalings: Callable[[], list[_Scaling]]
 
@@ -73,8 +74,7 @@ def neutral_start(model: nn.Module, weights: Weights) -> Weights:
     new = [site for site in _sites(model) if not any(name.startswith(site.block) for name in weights)]
     scalings = [site.scalings() for site in new]  # before anything changes
     for site, made_up_by in zip(new, scalings, strict=True):
-        gsop = model.get_submodule(site.block[:-1])
-        start_at_half(gsop)
+        start_at_half(site.gsop)
         for name, factor, inputs in made_up_by:
             if name in weights:
                 value = weights[name].clone()
@@ -82,7 +82,7 @@ def neutral_start(model: nn.Module, weights: Weights) -> Weights:
                 weights[name] = value
             elif name not in _head_readers(model):
                 raise ValueError(f"The weights have no {name}, which a neutral start of {site.block[:-1]} scales.")
-        weights.update({f"{site.block}{name}": value for name, value in gsop.state_dict().items()})
+        weights.update({f"{site.block}{name}": value for name, value in site.gsop.state_dict().items()})
     return weights
 
 
@@ -103,9 +103,10 @@ def _sites_in_resnet(model: Any) -> Iterator[_Site]:
         layer = model.get_submodule(f"layer{stage}")
         prefix = f"layer{stage}.{len(layer) - 1}."
         if isinstance(layer[-1], GsopBlock):
-            yield _Site(f"{prefix}gsop.", partial(_read_in_resnet, model, stage))
+            yield _Site(layer[-1].gsop, f"{prefix}gsop.", partial(_read_in_resnet, model, stage))
         elif isinstance(getattr(layer[-1], "se", None), ChannelGsop | PositionGsop | FusedGsop):
-            yield _Site(f"{prefix}se.", partial(_doubled, f"{prefix}{'bn3' if hasattr(layer[-1], 'bn3') else 'bn2'}"))
+            bn = f"{prefix}{'bn3' if hasattr(layer[-1], 'bn3') else 'bn2'}"
+            yield _Site(layer[-1].se, f"{prefix}se.", partial(_doubled, bn))
 
 
 def _doubled(bn: str) -> list[_Scaling]:
@@ -128,11 +129,13 @@ def _read_in_resnet(model: Any, stage: int) -> list[_Scaling]:
 
 
 def _sites_in_densenet(model: Any) -> Iterator[_Site]:
-    for name, module in model.features.named_children():
-        if hasattr(module, "gsop"):
-            is_last = name == "norm5"
-            scalings = partial(_read_by_head, model) if is_last else partial(_normalized_by, f"features.{name}.norm")
-            yield _Site(f"features.{name}.gsop.gsop.", scalings)
+    for block in model.features:
+        if isinstance(block, GsopBlock):
+            _, saved = block.names
+            reader, _, _ = saved.partition(".")
+            is_last = reader == "norm5"
+            scalings = partial(_read_by_head, model) if is_last else partial(_normalized_by, f"features.{reader}.norm")
+            yield _Site(block.gsop, f"features.{saved}.gsop.", scalings)
 
 
 def _normalized_by(bn: str) -> list[_Scaling]:
@@ -156,8 +159,9 @@ _INCEPTION = {
 
 def _sites_in_inception(model: Any) -> Iterator[_Site]:
     for info in model.feature_info[2:]:
-        if hasattr(model.get_submodule(info["module"]), "gsop"):
-            yield _Site(f"{info['module']}.gsop.gsop.", partial(_read_in_inception, model, **info))
+        block = getattr(model.get_submodule(info["module"]), "gsop", None)
+        if block is not None:
+            yield _Site(block.gsop, f"{info['module']}.gsop.gsop.", partial(_read_in_inception, model, **info))
 
 
 def _read_in_inception(model: Any, module: str, num_chs: int, **_: Any) -> list[_Scaling]:

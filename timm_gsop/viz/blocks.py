@@ -73,8 +73,8 @@ def record(model: nn.Module, image: torch.Tensor) -> list[Record]:
         )
     inputs: dict[nn.Module, torch.Tensor] = {}
 
-    def note_input_of(layer: Any) -> Any:  # its reduction's: a block may use the layer's weights without calling it
-        return layer.reduction.register_forward_pre_hook(lambda _, args: inputs.update({layer: args[0].clone()}))
+    def note_input_of(layer: Any) -> Any:
+        return layer.register_forward_pre_hook(lambda _, args: inputs.update({layer: args[0].clone()}))
 
     hooks = [note_input_of(layer) for layer in layers.values()]
     try:
