@@ -98,13 +98,10 @@ def run(
         RuntimeError: If the backbone's weights cannot be loaded.
         OSError: If there is no space for the maps.
     """
-    for name, value in (
-        ("splits", splits),
-        ("epochs", 1 if epochs is None else epochs),
-        ("isqrt_dim", isqrt_dim),
-        ("batch_size", batch_size),
-    ):
-        check_positive_int(name, value)
+    counts = dict(splits=splits, epochs=epochs, isqrt_dim=isqrt_dim, batch_size=batch_size, img_size=img_size)
+    for name, value in counts.items():
+        if value is not None:
+            check_positive_int(name, value)
     for head in heads:
         check_choice("heads", head, HEADS)
     heads = [head for head in HEADS if head in {"avg", *heads}]

@@ -62,16 +62,12 @@ class Images:
             ValueError: If it is animated or has more than 8 bits a pixel, of which a network would see a part.
             OSError: If it cannot be read.
         """
-        dataset, place = self.places[index]
-        reader = getattr(self.datasets[dataset], "reader", None)
-        own = self.datasets[dataset]
-        picture: Any = own[int(place)][0] if reader is None else Image.open(reader[int(place)][0])
-        # A camera's MPO is one photograph, with a preview beside it.
-        if getattr(picture, "is_animated", False) and picture.format != "MPO":
-            raise ValueError(f"has {picture.n_frames} frames")
-        if picture.mode in DEEP_MODES:
-            raise ValueError(f"has more than 8 bits a pixel (mode {picture.mode})")
-        return picture.convert("RGB")
+        number, place = map(int, self.places[index])
+        dataset = self.datasets[number]
+        if not hasattr(dataset, "reader"):  # torchvision's
+            return _as_rgb(dataset[place][0])
+        with dataset.reader[place][0] as file, Image.open(file) as picture:
+            return _as_rgb(picture)
 
     def problem(self, index: int) -> str:
         """Why an image cannot be used; ``""`` if it can."""
@@ -144,6 +140,15 @@ def read_images(data_dir: str | Path, dataset: str = "", download: bool = False)
     return Images(
         tuple(found.values()), np.array(places), np.array(targets), np.array(parts), tuple(names), class_names
     )
+
+
+def _as_rgb(picture: Any) -> Image.Image:
+    # A camera's MPO is one photograph, with a preview beside it.
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":
+        raise ValueError(f"has {picture.n_frames} frames")
+    if picture.mode in DEEP_MODES:
+        raise ValueError(f"has more than 8 bits a pixel (mode {picture.mode})")
+    return picture.convert("RGB")
 
 
 def _has_parts(root: Path, dataset: str) -> bool:
