@@ -27,9 +27,10 @@ from timm_gsop.viz import plot_errors
 from timm_gsop.viz.summary import read_summary
 
 matplotlib.use("Agg")
+torch.set_num_threads(1)
 import matplotlib.pyplot as plt  # after the choice of a backend that needs no screen
 
-DATA = dict(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,), crop_pct=1.0, interpolation="bilinear")
+DATA = dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.5,), crop_pct=1.0, interpolation="bilinear")
 
 
 class Digits(torch.utils.data.Dataset):
