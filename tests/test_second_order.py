@@ -24,7 +24,7 @@ from timm_gsop import GsopBlock
 from timm_gsop.hub.hub_folder import check_hub_folder, save_hub_folder
 from timm_gsop.hub.model_card import model_card
 from timm_gsop.models import SecondOrder
-from timm_gsop.models.second_order import tokens_to_map
+from timm_gsop.models.backbone_features import tokens_to_map
 
 ROOT = Path(__file__).parents[1]
 HEAD = dict(isqrt_dim=8, cov_dim=8)

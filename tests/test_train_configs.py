@@ -182,7 +182,7 @@ def take_a_step(name: str, defaults: dict[str, Any], backend: str | None = None)
     assert max(group["lr"] for group in training.optimizer.param_groups) <= args.lr * (1 + 1e-9)
     if "preresnet" in args.model and "isqrt" in (args.gp, training.model.global_pool.pool_type):
         # Though train.py passes a dropout of 0.
-        assert training.model.head_drop.p == args.model_kwargs.get("isqrt_drop", 0.5)
+        assert training.model.head_drop_rate == args.model_kwargs.get("isqrt_drop", 0.5)
     before = {key: value.clone() for key, value in training.model.named_parameters()}
     size = min(args.input_size[-1], 48)
     result = training.step(torch.randn(2, args.input_size[0], size, size), torch.tensor([1, 2]))

@@ -140,7 +140,7 @@ def _wrap(block: GsopBlock, model: nn.Module, path: str) -> _Undo:
     return undo
 
 
-def _follow(block: GsopBlock, model: nn.Module, path: str) -> _Undo:
+def _follow(block: Any, model: nn.Module, path: str) -> _Undo:
     container, name = _parent(model, path), path.rpartition(".")[2]
     names = list(container._modules)
     position = names.index(name)

@@ -74,7 +74,8 @@ def insert_gsop(
         blocks[level] = GsopBlock(gsop, scale=NEUTRAL_SCALE if neutral else 1.0).train(model.training)
     _attach_where_called_once(model, blocks, sites)
     if blocks and hasattr(model, "group_matcher"):
-        model.group_matcher = partial(group_with_blocks, model, matcher=model.group_matcher)
+        grouped: Any = partial(group_with_blocks, model, matcher=model.group_matcher)
+        model.group_matcher = grouped
     return model
 
 
@@ -188,7 +189,8 @@ def _attach_where_called_once(model: nn.Module, blocks: dict[int, GsopBlock], si
         raise
     for level, (first, *others) in tried.items():
         if others:  # where blocks were before they had to make the feature map
-            blocks[level].names = (f"{others[-1]}.{CHILD}", f"{first}.{CHILD}")
+            block: Any = blocks[level]
+            block.names = (f"{others[-1]}.{CHILD}", f"{first}.{CHILD}")
             keep_names(model)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import create_classifier, get_device_dtype
 from torch import nn
 
@@ -88,7 +89,9 @@ class GlobalPoolMixin:
         self.compact_bilinear_dim = compact_bilinear_dim
         self.pool_kwargs = pool_kwargs
         self.global_pool: Any = nn.Identity()
-        self.head_drop = nn.Dropout()
+        # No child: as in timm's ResNet, the last two are pooling and classifier, in the order of their calls.
+        if hasattr(self, "head_drop"):
+            del self.head_drop
         self._set_global_pool(num_classes, global_pool, device=device, dtype=dtype)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -109,8 +112,12 @@ class GlobalPoolMixin:
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pool features (B, C, H, W) and classify them: (B, num_classes), or what the classifier would read."""
-        x = self.head_drop(self.global_pool(x))
+        x = self.pool_and_drop(x)
         return x if pre_logits else self.fc(x)
+
+    def pool_and_drop(self, x: torch.Tensor) -> torch.Tensor:
+        """Pool features (B, C, H, W), and drop some in training."""
+        return F.dropout(self.global_pool(x), p=self.head_drop_rate, training=self.training)
 
     def _set_global_pool(self, num_classes: int, pool_type: str, **dd: Any) -> None:
         check_choice("global_pool", pool_type, GLOBAL_POOLS)
@@ -128,7 +135,7 @@ class GlobalPoolMixin:
         else:
             self.global_pool, classifier = create_classifier(self.num_features, num_classes, pool_type, **dd)
             self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.head_drop.p = float(drop_rate)
+        self.head_drop_rate = float(drop_rate)
         setattr(self, self.classifier_name, classifier.train(self.training))
         self.global_pool.train(self.training)
         self.num_classes = num_classes

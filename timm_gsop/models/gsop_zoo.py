@@ -124,7 +124,7 @@ class GsopDenseNet(SmallestImageMixin, GsopMixin, DenseNet):
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pool features (B, C, H, W) and classify them: (B, num_classes), or what the classifier would read."""
-        x = self.head_drop(self.global_pool(x))
+        x = self.pool_and_drop(x)
         return x if pre_logits else self.classifier(x)
 
 

@@ -12,30 +12,32 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from timm.layers import get_device_dtype
 from timm.models import (
     PretrainedCfg,
     create_model,
     generate_default_cfgs,
-    get_model_input_config,
+    get_model_args,
     get_pretrained_cfg,
+    group_parameters,
     is_model,
     list_models,
     load_state_dict,
     register_model,
     resolve_pretrained_cfg,
 )
+from timm.models.resnetv2 import feature_take_indices
 from torch import nn
 
-from timm_gsop.attach import group_with_blocks
 from timm_gsop.checks import check_choice
-from timm_gsop.insert import evaluation_mode, insert_gsop
-from timm_gsop.layers import check_gsop
+from timm_gsop.insert import insert_gsop
+from timm_gsop.layers import NEUTRAL_SCALE, GsopBlock, check_gsop, start_at_half
+from timm_gsop.models.backbone_features import BackboneFeatures, feature_map
 from timm_gsop.models.build import build_model
 from timm_gsop.models.global_pool import GlobalPoolMixin
+from timm_gsop.models.gsop_mixin import reset_parameters
 
 __all__ = ["SecondOrder", "backbone_notes"]  # register_model adds the entry point
 
@@ -49,9 +51,6 @@ DATA_CONFIG = (
 )
 """What a network inherits from the configuration of its backbone."""
 
-# A leaf in torch.fx's graphs: within a trace, shapes are no numbers that it could test.
-torch.fx.wrap("tokens_to_map")
-
 
 class SecondOrder(GlobalPoolMixin, nn.Module):
     """A network of timm as the backbone of second-order global pooling and, on request, of GSoP blocks.
@@ -64,6 +63,9 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         backbone: Name of a network of timm, with or without the tag of its weights.
         num_classes: Number of classes; 0 for no classifier.
         in_chans: Channels of the image.
+        level: Index into the backbone's ``feature_info``, as timm's ``out_indices``, of the features that the head
+            reads; what comes after them is removed. None for all of the backbone, which may have layers after its last
+            level: EfficientNet's last convolution, for one.
         global_pool: One of timm's pools, one of ``SECOND_ORDER_POOLS``, or ``""`` for none.
         gsop_stages: Indices into the backbone's ``feature_info``, as timm's ``out_indices``, of the stages that end
             with a block; ``()`` for none.
@@ -104,12 +106,15 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
     """
 
     output_fmt = "NCHW"
+    __constants__ = ("is_tokens",)
+    __jit_unused_properties__ = ("set_input_size",)
 
     def __init__(
         self,
         backbone: str = DEFAULT_BACKBONE,
         num_classes: int = 1000,
         in_chans: int = 3,
+        level: int | None = None,
         global_pool: str = "isqrt",
         gsop_stages: Sequence[int] = (),
         gsop_type: str = "channel",
@@ -134,11 +139,12 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         create = partial(create_model, backbone, num_classes=0, in_chans=in_chans, **kwargs)
         probe = create(device="meta")
-        _check_stages(gsop_stages, backbone, probe)
-        features = _Features.of(backbone, probe)
+        infos = getattr(probe, "feature_info", ())
+        num_levels = len(infos) if level is None else _check_level(level, backbone, infos) + 1
+        _check_stages(gsop_stages, backbone, num_levels)
+        features = BackboneFeatures.of(backbone, probe) if level is None else _cut(probe, num_levels - 1, backbone)
 
         self.backbone: Any = create(**(backbone_weights or {}), **dd)
-        _remove_unused(self.backbone, features)
         if gsop_stages:
             try:
                 insert_gsop(self.backbone, gsop_type, gsop_stages, cov_dim, spatial_size, neutral)
@@ -147,13 +153,14 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
                     f"gsop_stages={gsop_stages!r} is not accepted with backbone={backbone!r}, where blocks have no "
                     f"place; accepted: (), because its global pooling can be second-order all the same. {error}"
                 ) from error
+        if level is not None:
+            _cut(self.backbone, num_levels - 1, backbone)
+        _remove_unused(self.backbone, features)
         self.in_chans = in_chans
-        self.layout = features.layout
-        self.num_prefix_tokens = features.num_prefix_tokens
-        self.grid_size = features.grid_size
-        self.num_features = features.channels
-        infos: Any = getattr(self.backbone, "feature_info", ())
-        self.feature_info = [dict(info, module=f"backbone.{info['module']}") for info in infos]
+        self.level = level
+        self._note_features(features)
+        infos = getattr(self.backbone, "feature_info", ())
+        self.feature_info = [dict(info, module=f"backbone.{info['module']}") for info in infos[:num_levels]]
         self.init_global_pool(
             num_classes,
             global_pool,
@@ -174,10 +181,11 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         A block is in the group of its stage, all of the head in the last one. With ``--layer-decay 0.2
         --layer-decay-min-scale 0.2``, timm's train.py gives the head five times the learning rate of the backbone.
         """
-        matcher = getattr(self.backbone, "group_matcher", None)
-        grouped = group_with_blocks(self.backbone, coarse, matcher)
-        names = [name for name, _ in self.backbone.named_parameters()]
-        ordered = {f"backbone.{name}": grouped(name) for name in names}
+        matcher: Any = lambda name: 0  # noqa: E731  # as one, where timm does not group them
+        if hasattr(self.backbone, "group_matcher"):
+            matcher = self.backbone.group_matcher(coarse=coarse)
+        groups: dict[str, int] = group_parameters(self.backbone, matcher, reverse=True)
+        ordered = {f"backbone.{name}": group for name, group in groups.items()}
         head = max(ordered.values()) + 1
 
         def match(name: str) -> int:
@@ -201,165 +209,94 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         """The classifier."""
         return self.fc
 
+    @property
+    def set_input_size(self) -> Callable[..., None]:
+        """timm's ``set_input_size``, of backbones that have it: change the image's size, and the patches' or windows'.
+
+        It takes the arguments of the backbone's. The change is recorded: saved and loaded, the network has it.
+        """
+        _ = self.backbone.set_input_size  # AttributeError: then the network has no such ability either
+        return self._set_input_size
+
+    def _set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        before = get_model_args(self.backbone)
+        self.backbone.set_input_size(*args, **kwargs)
+        changed = {k: v for k, v in get_model_args(self.backbone).items() if k not in before or v != before[k]}
+        # What timm's own networks note about themselves; there is no public function for it.
+        self._model_args = {**getattr(self, "_model_args", {}), **changed}
+        if "img_size" in changed:
+            self._traits = {**getattr(self, "_traits", {}), "img_size": changed["img_size"]}
+        self._note_features(BackboneFeatures.of(type(self.backbone).__name__, self.backbone))
+
+    def _note_features(self, features: BackboneFeatures) -> None:
+        self.num_features = features.channels
+        self.num_prefix_tokens = features.num_prefix_tokens
+        self.is_tokens = features.layout == "tokens"
+        self.as_map = feature_map(features)
+
+    @torch.jit.ignore
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Initialize all weights and statistics again, as construction does; neutral blocks are neutral again.
+
+        Args:
+            *args: For the backbone's ``init_weights``, if it has that.
+            **kwargs: Likewise.
+        """
+        reset_parameters(self.backbone)
+        if hasattr(self.backbone, "init_weights"):
+            self.backbone.init_weights(*args, **kwargs)
+        for part in (self.backbone, self.global_pool, self.fc):
+            reset_parameters(part, package="" if part is not self.backbone else "timm_gsop.layers.")
+        for block in self.backbone.modules():
+            if isinstance(block, GsopBlock) and block.scale == NEUTRAL_SCALE:
+                start_at_half(block.gsop)
+
     def forward_intermediates(
         self, x: torch.Tensor, indices: int | list[int] | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """timm's ``forward_intermediates``: the backbone's feature maps, and what :meth:`forward_features` returns."""
-        found = self.backbone.forward_intermediates(x, indices, *args, **kwargs)
+        found = self.backbone.forward_intermediates(x, self._levels(indices), *args, **kwargs)
         if isinstance(found, tuple):
             features, intermediates = found
-            return self._to_map(features), intermediates
+            return self._to_map(features, x), intermediates
+        if isinstance(found, dict) and "image_features" in found:
+            return {**found, "image_features": self._to_map(found["image_features"], x)}
         return found
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """timm's ``prune_intermediate_layers``: remove what comes after the last of some feature levels."""
-        taken = self.backbone.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=False)
-        features, size = _blank_features(self.backbone)
-        if isinstance(features, torch.Tensor):  # a pruned HRNet has several, and no head can read them
-            self.num_features = features.shape[1 if self.layout == "NCHW" else -1]
-            if self.layout == "tokens":
-                self.grid_size = _grid_size(features.shape[1] - self.num_prefix_tokens, size)
+        taken = self.backbone.prune_intermediate_layers(self._levels(indices), prune_norm=prune_norm, prune_head=False)
+        try:
+            self._note_features(BackboneFeatures.of(type(self.backbone).__name__, self.backbone))
+        except ValueError:  # a pruned HRNet has several maps, and no head can read them
+            self.as_map = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
         return taken
 
-    def _to_map(self, x: torch.Tensor) -> torch.Tensor:
-        if self.layout == "NHWC":
-            return x.permute(0, 3, 1, 2)
-        if self.layout == "tokens":
-            return tokens_to_map(x, self.num_prefix_tokens, self.grid_size[0], self.grid_size[1])
-        return x
+    def _levels(self, indices: int | list[int] | None) -> int | list[int] | None:
+        """Indices of the backbone's levels; of one that was cut, None and negative ones mean what is left."""
+        if self.level is None:
+            return indices
+        return feature_take_indices(len(self.feature_info), indices)[0]
+
+    def _to_map(self, features: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        if self.is_tokens:
+            return self.as_map(features, image.shape[2], image.shape[3])
+        return self.as_map(features)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Feature maps of images (B, in_chans, H, W): (B, num_features, H', W')."""
-        return self._to_map(self.backbone.forward_features(x))
+        return self._to_map(self.backbone.forward_features(x), x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Classify images (B, in_chans, H, W): (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
 
-def tokens_to_map(x: torch.Tensor, num_prefix_tokens: int, height: int, width: int) -> torch.Tensor:
-    """Arrange tokens as a map: (B, N, C) to (B, C, H, W), or to (B, C, M, 1) if M, the number of tokens, is not H·W.
-
-    Args:
-        x: Tokens.
-        num_prefix_tokens: How many of the first ones do not belong to the image: class and register tokens.
-        height: Rows of the map, H.
-        width: Columns of the map, W.
-
-    Examples:
-        >>> tokens_to_map(torch.randn(2, 1 + 12, 8), 1, 3, 4).shape
-        torch.Size([2, 8, 3, 4])
-    """
-    x = x[:, num_prefix_tokens:].transpose(1, 2)
-    # In a trace sizes are tensors, which a condition would record as constants.
-    if (torch.jit.is_scripting() or not torch.jit.is_tracing()) and x.shape[2] != height * width:
-        return x.unsqueeze(3)
-    return x.reshape(x.shape[0], x.shape[1], height, width)
-
-
-class _Features(NamedTuple):
-    """What a network's ``forward_features`` returns, and what it does not need for that.
-
-    Attributes:
-        layout: ``"NCHW"``, ``"NHWC"`` or ``"tokens"``.
-        channels: Their channels.
-        grid_size: Of tokens: rows and columns.
-        num_prefix_tokens: Of tokens: how many do not belong to the image.
-        not_called: Names of modules that are not called.
-        unused: Names of parameters on which they do not depend.
-    """
-
-    layout: str
-    channels: int
-    grid_size: tuple[int, int]
-    num_prefix_tokens: int
-    not_called: set[str]
-    unused: set[str]
-
-    @classmethod
-    def of(cls, name: str, model: Any) -> "_Features":
-        """Find out by running a model once, on a blank image."""
-        called: set[str] = set()
-        names = {module: path for path, module in model.named_modules()}
-        hooks = [m.register_forward_pre_hook(lambda m, _: called.add(names[m])) for m in names]
-        try:
-            with torch.enable_grad():
-                features, size = _blank_features(model)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if not isinstance(features, torch.Tensor) or features.ndim not in (3, 4):
-            found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
-            raise ValueError(
-                f"backbone={name!r} has features of {found}; accepted: networks whose forward_features returns "
-                "(B, C, H, W), (B, H, W, C) or tokens (B, N, C)."
-            )
-        layout, prefix, grid = "NCHW", 0, (1, 1)
-        if features.ndim == 3:
-            layout = "tokens"
-            prefix = _num_prefix_tokens(model, features.shape[1])
-            grid = _grid_size(features.shape[1] - prefix, size)
-            used = _parameters_behind(features[:, prefix:])
-        else:
-            layout = "NHWC" if getattr(model, "output_fmt", "NCHW") == "NHWC" else "NCHW"
-            used = _parameters_behind(features)
-        return cls(
-            layout,
-            features.shape[1 if layout == "NCHW" else -1],
-            grid,
-            prefix,
-            set(names.values()) - called,
-            {path for path, p in model.named_parameters() if p.requires_grad and id(p) not in used},
-        )
-
-
-def _blank_features(model: Any) -> tuple[Any, tuple[int, int]]:
-    """What ``forward_features`` returns for a blank image, and the height and width of that."""
-    size = get_model_input_config(model)["input_size"]
-    image = torch.zeros(1, *size, **get_device_dtype(model))
-    with evaluation_mode(model):
-        return model.forward_features(image), tuple(size[1:])
-
-
-def _num_prefix_tokens(model: Any, num_tokens: int) -> int:
-    """How many tokens come before those of the image: class and register tokens."""
-    if hasattr(model, "num_prefix_tokens"):
-        return int(model.num_prefix_tokens)
-    num_patches = getattr(getattr(model, "patch_embed", None), "num_patches", num_tokens)
-    if num_patches <= num_tokens:
-        return int(num_tokens - num_patches)
-    return int(getattr(model, "cls_token", None) is not None)
-
-
-def _grid_size(num_tokens: int, image_size: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of the image's tokens; one column where they make no grid."""
-    height, width = image_size
-    patch = round((height * width / num_tokens) ** 0.5)
-    grid = (height // patch, width // patch)
-    return grid if grid[0] * grid[1] == num_tokens else (num_tokens, 1)
-
-
-def _parameters_behind(x: torch.Tensor) -> set[int]:
-    """Identities of the parameters from which a tensor was computed."""
-    found: set[int] = set()
-    seen: set[Any] = set()
-    stack = [x.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        stack += [child for child, _ in node.next_functions]
-    return found
-
-
-def _remove_unused(backbone: nn.Module, features: _Features) -> None:
+def _remove_unused(backbone: nn.Module, features: BackboneFeatures) -> None:
     """Remove layers that only the backbone's own head calls, whose weights would never have a gradient.
 
     Parameters that are used, but not for the image's features, are frozen: those of class attention, for one.
@@ -396,8 +333,39 @@ def _check_backbone(name: Any) -> None:
             ) from error
 
 
-def _check_stages(stages: Any, name: str, backbone: nn.Module) -> None:
-    known = range(len(getattr(backbone, "feature_info", ())))
+def _check_level(level: Any, name: str, infos: Sequence[dict[str, Any]]) -> int:
+    """The level, counted from 0."""
+    known = len(infos)
+    if not isinstance(level, int) or isinstance(level, bool) or not -known <= level < known:
+        raise ValueError(
+            f"level={level!r} is not accepted; accepted for backbone={name!r}: None, or an index of its feature "
+            f"levels, of which it has {known}."
+        )
+    return level % known
+
+
+def _cut(backbone: Any, level: int, name: str) -> BackboneFeatures:
+    """Remove what comes after a feature level, so that ``forward_features`` returns that, and say what it returns."""
+    refused = ValueError(
+        f"level={level} is not accepted with backbone={name!r}, which cannot be cut there; accepted: None, or another "
+        "level."
+    )
+    if not hasattr(backbone, "prune_intermediate_layers"):
+        raise refused
+    channels = backbone.feature_info[level]["num_chs"]
+    for prune_norm in (False, True):  # a last norm stays where it fits, as in vision transformers
+        backbone.prune_intermediate_layers([level], prune_norm=prune_norm, prune_head=True)
+        try:
+            features = BackboneFeatures.of(name, backbone)
+        except (RuntimeError, ValueError):
+            continue
+        if features.channels == channels:
+            return features
+    raise refused
+
+
+def _check_stages(stages: Any, name: str, num_levels: int) -> None:
+    known = range(num_levels)
     is_sequence = isinstance(stages, Sequence) and not isinstance(stages, str)
     if not is_sequence or len(set(stages)) < len(stages) or not set(stages) <= set(known):
         raise ValueError(
@@ -495,4 +463,8 @@ def _default_levels(backbone: str, kwargs: dict[str, Any]) -> tuple[int, ...]:
     ours = {*inspect.signature(SecondOrder).parameters, "features_only", "out_indices", "feature_cls", "output_fmt"}
     for_backbone = {name: value for name, value in kwargs.items() if name not in ours}
     features: Any = create_model(backbone, features_only=True, device="meta", **for_backbone)
-    return tuple(features.feature_info.out_indices)
+    levels = tuple(features.feature_info.out_indices)
+    if kwargs.get("level") is None:
+        return levels
+    last = kwargs["level"] % len(features.feature_info)
+    return tuple(level for level in levels if level <= last) or (last,)

@@ -106,7 +106,7 @@ def _stages_of(weights: Weights) -> tuple[int | str, ...]:
         )
         if stage not in found:
             found.append(stage)
-    return tuple(found)
+    return tuple(sorted(found, key=str))
 
 
 def _listed(stages: tuple[int | str, ...]) -> str:
