@@ -101,14 +101,14 @@ def test_every_head_on_every_level(pictures, cache, tmp_path):
 def test_maps_are_those_of_the_network_with_that_level(backbone, levels):
     """So a head that was trained on them sees the same in the network that is saved."""
     narrow = dict(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)) if backbone.startswith("swin") else {}
-    extractor = Extractor(backbone, levels, pretrained=False, **(dict(options=narrow) if narrow else {}))
+    extractor = Extractor(backbone, levels, pretrained=False, options=narrow)
     x = torch.randn(2, *extractor.data_config["input_size"])
     weights = extractor.network.state_dict()
     for level, name, found in zip(extractor.levels, extractor.names, extractor(x), strict=True):
         network = create_network(backbone, level, pretrained=False, **narrow)
         network.load_state_dict({key: weights[key] for key in network.state_dict()})
         with torch.inference_mode():
-            torch.testing.assert_close(found, network.forward_features(x), rtol=0, atol=0)
+            torch.testing.assert_close(found, network.forward_features(x))
         assert found.shape[1:] == extractor.shapes[extractor.names.index(name)]
 
 

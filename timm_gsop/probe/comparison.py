@@ -16,7 +16,7 @@ from timm_gsop.hub.hub_folder import check_new_folder
 from timm_gsop.probe.heads import HEADS, Inputs, Options, Trained, create_head, inputs_of, mlp_width, search, train_head
 from timm_gsop.probe.images import Images, read_images
 from timm_gsop.probe.maps import cached_maps, unreadable_images
-from timm_gsop.probe.network import Extractor, create_network, level_name
+from timm_gsop.probe.network import Extractor, level_name
 from timm_gsop.probe.report import write_report
 from timm_gsop.probe.saving import Choice, save_network
 from timm_gsop.probe.splits import Split, draw_splits, keep_readable, take_some
@@ -108,7 +108,8 @@ def run(
     folder = _check_save(save, output, heads)
     images = take_some(read_images(data_dir, dataset, dataset_download), train_images, test_images, seed)
     parts = draw_splits(images, splits, seed)
-    extractor = Extractor(backbone, levels, checkpoint, pretrained, img_size, device or default_device())
+    device = device or default_device()
+    extractor = Extractor(backbone, levels, checkpoint, pretrained, img_size, device, dict(isqrt_dim=isqrt_dim))
     with threads(free_cores()):
         maps = cached_maps(
             images,
@@ -122,17 +123,17 @@ def run(
     unreadable = unreadable_images(maps[0])
     _report_unreadable(images, unreadable, skip_unreadable)
     parts = keep_readable(images, parts, unreadable)
-    options = dict(isqrt_dim=isqrt_dim, **extractor.size_options)
     task = _Task(images.targets, len(images.class_names), parts, seed, extractor.device, epochs)
     entries: list[_Entry] = []
     with threads(1):  # the matrices are small: more threads gain little, and lose much on a busy machine
         for level, level_maps in zip(extractor.levels, maps, strict=True):
-            network = create_network(backbone, level, pretrained=False, **options)
-            entries += _compare(network, level, level_maps, heads, task, progress)
+            entries += _compare(extractor.networks[level], level, level_maps, heads, task, progress)
     table = _table(entries, extractor, images, parts)
     if save is not None:
         chosen = _choose(entries, None if save == "best" else save)
-        choice = Choice(backbone, chosen.level, chosen.head, chosen.best.state, checkpoint, pretrained, options)
+        choice = Choice(
+            backbone, chosen.level, chosen.head, chosen.best.state, checkpoint, pretrained, extractor.options
+        )
         row = table.row(chosen.head, level_name(chosen.level))
         save_network(choice, folder, extractor.data_config, images.class_names, row, str(data_dir), len(parts[0].test))
     if output is not None:

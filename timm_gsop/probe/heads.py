@@ -95,7 +95,7 @@ def create_head(network: Any, name: str, num_classes: int, seed: int, hidden: in
             return Mlp(network.num_features, hidden, num_classes)
         network.reset_classifier(0, "avg")  # a pool of the same type would be kept, with its weights
         network.reset_classifier(num_classes, name)
-    parts = {part: getattr(network, part) for part in ("global_pool", "head_drop", "fc")}
+    parts = {part: getattr(network, part) for part in ("global_pool", "fc")}
     return nn.Sequential(OrderedDict(parts))
 
 

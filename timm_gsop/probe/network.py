@@ -51,7 +51,7 @@ def create_network(
 
 
 class Extractor:
-    """Maps of several feature levels of one backbone, in one run.
+    """Maps of several feature levels of one backbone, in one run where the backbone can give them in one.
 
     Args:
         backbone: Name of a network of timm.
@@ -60,11 +60,12 @@ class Extractor:
         pretrained: As in :func:`create_network`.
         img_size: Height and width of the images; None for the backbone's own.
         device: Where it runs.
+        options: For ``second_order``.
 
     Attributes:
-        size_options: What the backbone is built with for ``img_size``.
-        levels: The levels, counted from the front.
-        names: A name for each level, without characters that a file's name may not have.
+        levels: The levels, counted from the front, the deepest first.
+        networks: A ``second_order`` network for each level, whose ``forward_features`` gives the level's maps.
+        names: A name for each level, of which a file's name may begin.
         shapes: Shapes (C, H, W) of the maps.
         data_config: timm's data configuration.
         weights: SHA-256 of the backbone's weights.
@@ -79,36 +80,75 @@ class Extractor:
         pretrained: bool = True,
         img_size: int | None = None,
         device: torch.device | str = "cpu",
+        options: dict[str, Any] | None = None,
     ) -> None:
         self.backbone = backbone
         self.device = torch.device(device)
-        self.size_options = _size_options(backbone, img_size)
-        self.network = create_network(backbone, None, checkpoint, pretrained, **self.size_options)
-        self.network.to(self.device)
+        self.options = {**_size_options(backbone, img_size), **(options or {})}
+        self.network = create_network(backbone, None, checkpoint, pretrained, **self.options)
         self.levels = _check_levels(levels, len(self.network.feature_info), backbone)
         self.names = [f"{backbone}-{level_name(level)}" for level in self.levels]
         self.data_config = resolve_data_config(dict(img_size=img_size), model=self.network)
         self.weights = _digest(self.network.backbone)
         self.autocast = PRECISIONS.get(self.device.type)
+        weights = self.network.state_dict()
+        self.networks = {}
+        for level in self.levels:
+            network = create_network(backbone, level, pretrained=False, **self.options)
+            network.load_state_dict({name: weights[name] for name in network.state_dict()})
+            self.networks[level] = network
+        with torch.inference_mode():
+            self._find_levels(torch.rand(1, *self.data_config["input_size"]))
+        for network in (self.network, *(self.networks[level] for level in self._own)):
+            network.to(self.device)
         self.shapes = [tuple(x.shape[1:]) for x in self(torch.zeros(1, *self.data_config["input_size"]))]
+
+    def _find_levels(self, x: torch.Tensor) -> None:
+        """Find out where the levels' maps come up in one run: timm's networks differ in what their last norm is for.
+
+        A level may be the last features, or an intermediate one, with or without the norm. Others have a run of their
+        own.
+        """
+        wanted = {level: network.forward_features(x) for level, network in self.networks.items()}
+        last = self.network.forward_features(x)
+        self._last = {level for level in self.levels if _is_same(wanted[level], last)}
+        rest = [level for level in self.levels if level is not None and level not in self._last]
+        self._norm, self._between, self._own = False, [], set(rest)
+        for norm in (False, True) if rest and hasattr(self.network.backbone, "forward_intermediates") else ():
+            try:
+                found = self._intermediates(x, sorted(rest), norm)
+            except (AssertionError, RuntimeError, ValueError):  # a network without such a norm
+                continue
+            own = {level for level, maps in zip(sorted(rest), found, strict=True) if not _is_same(wanted[level], maps)}
+            if len(own) < len(self._own):
+                self._norm, self._own, self._between = norm, own, sorted(set(rest) - own)
+
+    def _intermediates(self, x: torch.Tensor, levels: list[int], norm: bool) -> list[torch.Tensor]:
+        options: dict[str, Any] = dict(norm=norm, output_fmt="NCHW", intermediates_only=True, stop_early=True)
+        found: list[torch.Tensor] = self.network.backbone.forward_intermediates(x, levels, **options)
+        return found
 
     @torch.inference_mode()
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Maps (B, C, H, W) of images (B, 3, H, W), for each level."""
         x = x.to(self.device, non_blocking=True)
+        maps: dict[int | None, torch.Tensor] = {}
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            indices = [level for level in self.levels if level is not None]
-            if not indices:
-                return [self.network.forward_features(x)]
-            by_level: dict[int | None, torch.Tensor] = {}
-            if None not in self.levels:
-                found = self.network.forward_intermediates(
-                    x, sorted(indices), output_fmt="NCHW", intermediates_only=True, stop_early=True
-                )
-            else:
-                by_level[None], found = self.network.forward_intermediates(x, sorted(indices), output_fmt="NCHW")
-            by_level.update(zip(sorted(indices), found, strict=True))
-            return [by_level[level] for level in self.levels]
+            if self._last and self._between:
+                options: dict[str, Any] = dict(norm=self._norm, output_fmt="NCHW")
+                last, found = self.network.forward_intermediates(x, self._between, **options)
+                maps.update(zip(self._between, found, strict=True))
+                maps.update(dict.fromkeys(self._last, last))
+            elif self._last:
+                maps.update(dict.fromkeys(self._last, self.network.forward_features(x)))
+            elif self._between:
+                maps.update(zip(self._between, self._intermediates(x, self._between, self._norm), strict=True))
+            maps.update({level: self.networks[level].forward_features(x) for level in self._own})
+        return [maps[level] for level in self.levels]
+
+
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def level_name(level: int | None) -> str:
