@@ -38,7 +38,8 @@ def folder(tmp_path_factory) -> Path:
     for seed, (part, count) in enumerate({"train": 12, "val": 4, "test": 4}.items()):
         paint(root / "pictures" / part, count, seed)
     torch.save(timm.create_model("test_resnet").state_dict(), root / "backbone.pth")
-    (root / "hub").symlink_to(ROOT / "hub")
+    for name in ("hub", "docs"):
+        (root / name).symlink_to(ROOT / name)
     if SCRIPTS:
         (root / "pytorch-image-models").symlink_to(Path(SCRIPTS).absolute())
     return root
