@@ -8,14 +8,17 @@ from torch import nn
 from timm_gsop.layers import (
     FLAVORS,
     GSOP_TYPES,
+    BdcPool2d,
     BilinearPool2d,
     CompactBilinearPool2d,
     CovPool2d,
     DropCovPool2d,
     GsopBlock,
     IsqrtCovPool2d,
+    MomentPool2d,
     MpnCovPool2d,
     OfficialIsqrtCovPool2d,
+    SvpnPool2d,
     create_gsop,
 )
 
@@ -44,6 +47,9 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "cov": lambda **dd: CovPool2d(CHANNELS, 8, **dd),
     # With so few channels the rate is zero, and training not random, unless importance and covariance disagree.
     "dropcov": lambda **dd: DropCovPool2d(CHANNELS, 8, **dd),
+    "bdc": lambda **dd: BdcPool2d(CHANNELS, 8, **dd),
+    "svpn": lambda **dd: SvpnPool2d(CHANNELS, 2, 5, drop=0.0, **dd),
+    "moment": lambda **dd: MomentPool2d(CHANNELS, 28, **dd),
 }
 LAYERS = {**SCALING_LAYERS, **BLOCKS, **HEADS}
 

@@ -5,14 +5,19 @@ import timm  # noqa: F401  # first: it may trigger our autoload, which must not 
 from timm_gsop import models
 from timm_gsop.insert import insert_gsop
 from timm_gsop.layers import (
+    BdcPool2d,
     BilinearPool2d,
     ChannelGsop,
     CompactBilinearPool2d,
+    CovPool2d,
+    DropCovPool2d,
     FusedGsop,
     GsopBlock,
     IsqrtCovPool2d,
+    MomentPool2d,
     MpnCovPool2d,
     PositionGsop,
+    SvpnPool2d,
     covariance_pool,
     covariance_sqrt,
     eigh_power,
@@ -24,14 +29,19 @@ from timm_gsop.layers import (
 __version__ = "0.2.0"
 
 __all__ = [
+    "BdcPool2d",
     "BilinearPool2d",
     "ChannelGsop",
     "CompactBilinearPool2d",
+    "CovPool2d",
+    "DropCovPool2d",
     "FusedGsop",
     "GsopBlock",
     "IsqrtCovPool2d",
+    "MomentPool2d",
     "MpnCovPool2d",
     "PositionGsop",
+    "SvpnPool2d",
     "__version__",
     "covariance_pool",
     "covariance_sqrt",

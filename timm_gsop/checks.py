@@ -9,6 +9,7 @@ from torch import nn
 __all__ = [
     "check_batch_for_training",
     "check_choice",
+    "check_fraction",
     "check_ndim",
     "check_positive",
     "check_positive_int",
@@ -22,6 +23,12 @@ def check_choice(name: str, value: Any, accepted: Iterable[Any]) -> None:
     accepted = tuple(accepted)
     if value not in accepted:
         raise ValueError(f"{name}={value!r} is not accepted; accepted: {', '.join(map(repr, accepted))}.")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is a number of at least 0 and below 1."""
+    if not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{name}={value!r} is not accepted; it must be a number >= 0 and < 1.")
 
 
 def check_positive(name: str, value: Any) -> None:

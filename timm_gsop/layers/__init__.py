@@ -1,5 +1,6 @@
 """Second-order pooling as layers, and the functions behind them."""
 
+from timm_gsop.layers.bdc_pool import BdcPool2d
 from timm_gsop.layers.bilinear_pool import BilinearPool2d, CompactBilinearPool2d, bilinear_pool, compact_bilinear_pool
 from timm_gsop.layers.cov_pool import CovPool2d, IsqrtCovPool2d, MpnCovPool2d
 from timm_gsop.layers.covariance import covariance_pool, position_covariance, triu_vectorize
@@ -9,6 +10,7 @@ from timm_gsop.layers.factory import FLAVORS, GSOP_TYPES, check_gsop, create_gso
 from timm_gsop.layers.gsop import ChannelGsop, CovarianceExcitation, FusedGsop, Gsop, GsopBlock, PositionGsop
 from timm_gsop.layers.half_gate import NEUTRAL_SCALE, start_at_half
 from timm_gsop.layers.matrix_sqrt import eigh_power, newton_schulz_sqrt
+from timm_gsop.layers.moment_pool import MomentPool2d
 from timm_gsop.layers.official import (
     OfficialChannelGsop,
     OfficialFusedGsop,
@@ -24,12 +26,14 @@ from timm_gsop.layers.pool_factory import (
     pool_cost,
 )
 from timm_gsop.layers.second_order_pool import SecondOrderPool2d
+from timm_gsop.layers.svpn_pool import SvpnPool2d
 
 __all__ = [
     "FLAVORS",
     "GSOP_TYPES",
     "NEUTRAL_SCALE",
     "SECOND_ORDER_POOLS",
+    "BdcPool2d",
     "BilinearPool2d",
     "ChannelGsop",
     "CompactBilinearPool2d",
@@ -40,6 +44,7 @@ __all__ = [
     "Gsop",
     "GsopBlock",
     "IsqrtCovPool2d",
+    "MomentPool2d",
     "MpnCovPool2d",
     "OfficialChannelGsop",
     "OfficialFusedGsop",
@@ -47,6 +52,7 @@ __all__ = [
     "OfficialPositionGsop",
     "PositionGsop",
     "SecondOrderPool2d",
+    "SvpnPool2d",
     "accepted_arguments",
     "bilinear_pool",
     "check_gsop",

@@ -20,12 +20,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_gsop.checks import check_choice, check_positive_int
+from timm_gsop.layers.bdc_pool import BdcPool2d
 from timm_gsop.layers.bilinear_pool import BilinearPool2d, CompactBilinearPool2d
 from timm_gsop.layers.cov_pool import CovPool2d, IsqrtCovPool2d, MpnCovPool2d
 from timm_gsop.layers.dropcov_pool import DropCovPool2d
 from timm_gsop.layers.factory import FLAVORS
+from timm_gsop.layers.moment_pool import MomentPool2d
 from timm_gsop.layers.official import OfficialIsqrtCovPool2d
 from timm_gsop.layers.second_order_pool import SecondOrderPool2d
+from timm_gsop.layers.svpn_pool import SvpnPool2d
 
 __all__ = [
     "SECOND_ORDER_POOLS",
@@ -44,6 +47,9 @@ POOLS: tuple[type[SecondOrderPool2d], ...] = (
     CompactBilinearPool2d,
     CovPool2d,
     DropCovPool2d,
+    BdcPool2d,
+    SvpnPool2d,
+    MomentPool2d,
 )
 OFFICIAL: dict[str, type[SecondOrderPool2d]] = {"isqrt": OfficialIsqrtCovPool2d}
 """Pools that the released code of GSoP-Net has in another way."""

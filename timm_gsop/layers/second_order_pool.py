@@ -8,8 +8,20 @@ import torch
 from torch import nn
 
 from timm_gsop.checks import check_positive_int
+from timm_gsop.layers.precision import at_least_float32
 
-__all__ = ["SecondOrderPool2d"]
+__all__ = ["SecondOrderPool2d", "check_token", "first_moment_of"]
+
+
+def check_token(token: torch.Tensor | None, channels: int) -> None:
+    """Raise ``ValueError`` unless ``token`` is None or (B, ``channels``)."""
+    if token is not None and (token.ndim != 2 or (not torch.jit.is_tracing() and token.shape[1] != channels)):
+        raise ValueError(f"token has shape {tuple(token.shape)}; accepted: (B, {channels}), or None.")
+
+
+def first_moment_of(x: torch.Tensor, token: torch.Tensor | None) -> torch.Tensor:
+    """The class token (B, C) where there is one, else the average of (B, C, H, W) over the positions."""
+    return at_least_float32(x).mean(dim=(2, 3)) if token is None else token
 
 
 class SecondOrderPool2d(nn.Module):

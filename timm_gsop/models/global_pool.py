@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import create_classifier, get_device_dtype
 from torch import nn
 
-from timm_gsop.checks import check_choice
+from timm_gsop.checks import check_choice, check_fraction
 from timm_gsop.layers import (
     SECOND_ORDER_POOLS,
     CovPool2d,
@@ -79,8 +79,7 @@ class GlobalPoolMixin:
         check_second_order_pool(isqrt_dim, isqrt_iters, compact_bilinear_dim)
         check_choice("global_pool", global_pool, GLOBAL_POOLS)
         check_pool_kwargs(global_pool, pool_kwargs)
-        if not isinstance(isqrt_drop, int | float) or not 0 <= isqrt_drop < 1:
-            raise ValueError(f"isqrt_drop={isqrt_drop!r} is not accepted; it must be a number >= 0 and < 1.")
+        check_fraction("isqrt_drop", isqrt_drop)
         self.isqrt_dim = isqrt_dim
         self.isqrt_iters = isqrt_iters
         self.isqrt_drop = isqrt_drop
@@ -110,14 +109,20 @@ class GlobalPoolMixin:
             getattr(self, "_model_args", {}).pop("pool_kwargs", None)  # what timm records: they are the old pool's
         self._set_global_pool(num_classes, pool_type, **get_device_dtype(self))
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay would harm: those of the network, and those of the pooling."""
+        of_network: set[str] = getattr(super(), "no_weight_decay", set)()
+        of_pool: set[str] = getattr(self.global_pool, "no_weight_decay", set)()
+        return {*of_network, *(f"global_pool.{name}" for name in of_pool)}
+
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pool features (B, C, H, W) and classify them: (B, num_classes), or what the classifier would read."""
-        x = self.pool_and_drop(x)
+        x = F.dropout(self._pool(x), p=self.head_drop_rate, training=self.training)
         return x if pre_logits else self.fc(x)
 
-    def pool_and_drop(self, x: torch.Tensor) -> torch.Tensor:
-        """Pool features (B, C, H, W), and drop some in training."""
-        return F.dropout(self.global_pool(x), p=self.head_drop_rate, training=self.training)
+    def _pool(self, x: torch.Tensor) -> torch.Tensor:
+        return self.global_pool(x)
 
     def _set_global_pool(self, num_classes: int, pool_type: str, **dd: Any) -> None:
         check_choice("global_pool", pool_type, GLOBAL_POOLS)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.data import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -124,7 +125,7 @@ class GsopDenseNet(SmallestImageMixin, GsopMixin, DenseNet):
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pool features (B, C, H, W) and classify them: (B, num_classes), or what the classifier would read."""
-        x = self.pool_and_drop(x)
+        x = F.dropout(self._pool(x), p=self.head_drop_rate, training=self.training)
         return x if pre_logits else self.classifier(x)
 
 

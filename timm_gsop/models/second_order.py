@@ -106,7 +106,8 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
     """
 
     output_fmt = "NCHW"
-    __constants__ = ("is_tokens",)
+    # TorchScript compiles only the calls that the features and the pool have.
+    __constants__ = ("is_tokens", "keeps_tokens")
     __jit_unused_properties__ = ("set_input_size",)
 
     def __init__(
@@ -156,6 +157,8 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         if level is not None:
             _cut(self.backbone, num_levels - 1, backbone)
         _remove_unused(self.backbone, features)
+        # What is called is the module itself, as tools that wrap modules need it.
+        self.backbone.forward = self.backbone.forward_features
         self.in_chans = in_chans
         self.level = level
         self._note_features(features)
@@ -195,9 +198,9 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the backbone's parameters without weight decay."""
+        """Names of the parameters without weight decay: the backbone's, and those of the pooling."""
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
-        return {f"backbone.{name}" for name in names}
+        return {*(f"backbone.{name}" for name in names), *super().no_weight_decay()}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
@@ -232,6 +235,7 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         self.num_features = features.channels
         self.num_prefix_tokens = features.num_prefix_tokens
         self.is_tokens = features.layout == "tokens"
+        self.has_class_token = self.num_prefix_tokens > 0 and getattr(self.backbone, "cls_token", None) is not None
         self.as_map = feature_map(features)
 
     @torch.jit.ignore
@@ -258,7 +262,7 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         found = self.backbone.forward_intermediates(x, self._levels(indices), *args, **kwargs)
         if isinstance(found, tuple):
             features, intermediates = found
-            return self._to_map(features, x), intermediates
+            return self._to_features(features, x), intermediates
         if isinstance(found, dict) and "image_features" in found:
             return {**found, "image_features": self._to_map(found["image_features"], x)}
         return found
@@ -287,9 +291,26 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
             return self.as_map(features, image.shape[2], image.shape[3])
         return self.as_map(features)
 
+    def _to_features(self, features: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        return features if self.keeps_tokens else self._to_map(features, image)
+
+    def _pool(self, x: torch.Tensor) -> torch.Tensor:
+        if self.keeps_tokens:
+            return self.global_pool(self.as_map(x), x[:, 0])
+        return self.global_pool(x)
+
+    def _set_global_pool(self, num_classes: int, pool_type: str, **dd: Any) -> None:
+        super()._set_global_pool(num_classes, pool_type, **dd)
+        self.keeps_tokens = self.has_class_token and getattr(self.global_pool, "takes_token", False)
+
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Feature maps of images (B, in_chans, H, W): (B, num_features, H', W')."""
-        return self._to_map(self.backbone.forward_features(x), x)
+        """Feature maps of images (B, in_chans, H, W): (B, num_features, H', W').
+
+        A pool that takes the class token, as ``"svpn"`` and ``"moment"`` do, is given the backbone's own tokens
+        (B, N, num_features) instead, if there is one among them. So a head has all that it needs:
+        ``forward_head(forward_features(x))`` is ``forward(x)`` with every pool.
+        """
+        return self._to_features(self.backbone(x), x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Classify images (B, in_chans, H, W): (B, num_classes)."""
