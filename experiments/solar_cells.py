@@ -1,8 +1,8 @@
 """Write the photographs of solar cells as class folders: python -m experiments.solar_cells DIR.
 
 They are the elpv-dataset of PyPI, 2 624 grey images of 300×300 pixels with a probability of a defect. ``DIR/grades``
-has its four grades as classes, ``DIR/defect`` two, below and above one half; the file beside them,
-``tf_efficientnet_lite0.safetensors``, has the backbone's ImageNet weights, of PyPI too. The images are licensed CC-BY-NC-SA 4.0: they are measured, never shipped.
+has its four grades as classes, ``DIR/defect`` two, below and above one half; the file beside them has the backbone's
+ImageNet weights, of PyPI too. The images are licensed CC-BY-NC-SA 4.0: they are measured, never shipped.
 """
 
 import argparse

@@ -31,13 +31,13 @@ FAST = dict(heads=("avg", "isqrt"), levels=(None,), isqrt_dim=8, splits=2, epoch
 
 
 def paint(folder: Path, count: int, seed: int = 0) -> Path:
-    """So many noisy pictures of each of three colours."""
+    """So many pictures of each class: noise, stronger and brighter in one colour."""
     generator = np.random.default_rng(seed)
     for channel, name in enumerate(COLORS):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            pixels = generator.integers(0, 120, (24, 24, 3))
-            pixels[..., 2 - channel] += 100
+            pixels = generator.integers(80, 120, (24, 24, 3))
+            pixels[..., 2 - channel] = generator.integers(40, 256, (24, 24))
             Image.fromarray(pixels.astype("uint8")).save(folder / name / f"{i}.png")
     return folder
 
@@ -342,7 +342,7 @@ def test_saved_network_is_the_backbone_with_the_head(pictures, cache, tmp_path, 
     config = json.loads((folder / "config.json").read_text())
     assert config["label_names"] == list(COLORS)
     card = (folder / "README.md").read_text()
-    assert f"top-1 {table.row('isqrt', '3').top1:.2f} % on 12 test images" in card
+    assert f"top-1 {table.about['saved']['top1']:.2f} % on 12 test images" in card
     with pytest.raises(ValueError, match="has something in it already"):
         run(pictures, **given, cache=cache, output=tmp_path / "output", save="isqrt")
 

@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table)
     print(f"\nwrote {given['output']}/results.csv, results.json and differences.png")
     if given["save"]:
-        print(f"wrote {given['output']}/model: timm.create_model('local-dir:{given['output']}/model', pretrained=True)")
+        saved = table.about["saved"]
+        print(f"wrote {given['output']}/model: {saved['head']} on level {saved['level']}, {saved['top1']:.2f} % here")
     if fine_tune:
         folder = Path(given["output"]) / "model"
         size, classes = table.best.img_size, len(table.about["images"])

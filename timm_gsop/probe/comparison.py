@@ -87,7 +87,8 @@ def run(
         skip_unreadable: Whether to leave out images that cannot be read.
         output: Where to write ``results.csv``, ``results.json``, ``differences.png`` and, with ``save``, ``model``;
             None for nowhere.
-        save: A head, or ``"best"``, by validation: it is written as a ``second_order`` network to ``output/model``.
+        save: A head, or ``"best"``, the best by validation of all but ``"mlp"``, which is no head of ``second_order``.
+            The network of its best split by validation is written to ``output/model``.
         progress: Whether to show progress.
 
     Returns:
@@ -130,11 +131,12 @@ def run(
             entries += _compare(extractor.networks[level], level, level_maps, heads, task, progress)
     table = _table(entries, extractor, images, parts)
     if save is not None:
-        chosen = _choose(entries, None if save == "best" else save)
-        choice = Choice(
-            backbone, chosen.level, chosen.head, chosen.best.state, checkpoint, pretrained, extractor.options
-        )
+        chosen = _choose(entries, None if save == "best" else save, without=("mlp",))
         row = table.row(chosen.head, level_name(chosen.level))
+        top1 = row.each[chosen.trained.index(chosen.best)]
+        table.about["saved"] = dict(head=row.head, level=row.level, top1=top1)
+        state, options = chosen.best.state, extractor.options
+        choice = Choice(backbone, chosen.level, chosen.head, state, top1, checkpoint, pretrained, options)
         save_network(choice, folder, extractor.data_config, images.class_names, row, str(data_dir), len(parts[0].test))
     if output is not None:
         write_report(table, Path(output))
@@ -279,9 +281,9 @@ def _is_uneven(counts: np.ndarray) -> bool:
     return counts.max() > 1.5 * max(1, counts.min())
 
 
-def _choose(entries: list[_Entry], head: str | None = None) -> _Entry:
+def _choose(entries: list[_Entry], head: str | None = None, without: Sequence[str] = ()) -> _Entry:
     """The entry that is best by validation; of equal ones the smallest."""
-    candidates = [entry for entry in entries if head in (None, entry.head)]
+    candidates = [entry for entry in entries if head in (None, entry.head) and entry.head not in without]
     return max(candidates, key=lambda entry: (entry.validation, -entry.head_params))
 
 

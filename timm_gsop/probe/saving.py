@@ -25,6 +25,7 @@ class Choice(NamedTuple):
     level: int | None
     head: str
     state: dict[str, torch.Tensor]
+    top1: float
     checkpoint: str | Path | None
     pretrained: bool
     options: dict[str, Any]
@@ -69,9 +70,10 @@ def save_network(
         f"data: {Path(data).name}",
         f"recipe: `python -m timm_gsop.probe`: frozen backbone, {where}; head trained with AdamW, learning rate "
         f"{row.lr:g}, weight decay {row.weight_decay:g}, by a search on validation images",
-        f"measured: top-1 {row.top1:.2f} % on {test_images} test images, the mean of {len(row.each)} trainings "
-        f"({each}), on feature maps in float16; {row.difference:+.2f} points (95 % interval {row.low:+.2f} to "
-        f"{row.high:+.2f}) against average pooling and a linear classifier on the deepest level",
+        f"measured: top-1 {choice.top1:.2f} % on {test_images} test images, on feature maps in float16",
+        f"measured: of {len(row.each)} trainings of this head, {row.top1:.2f} % in the mean ({each})",
+        f"measured: that is {row.difference:+.2f} points (95 % interval {row.low:+.2f} to {row.high:+.2f}) against "
+        "average pooling and a linear classifier on the deepest level",
     )
     known = dict(note.partition(": ")[::2] for note in backbone_notes(choice.backbone))
     provenance = PretrainedCfg(
