@@ -162,6 +162,8 @@ def _follow(block: Any, model: nn.Module, path: str) -> _Undo:
         undo_levels()
         del container._modules[f"{name}{SIBLING}"]
         undo_names()
+        for held in container._modules.values():
+            vars(held).pop(CHILD, None)
 
     return undo
 
@@ -239,10 +241,20 @@ def _rename(tensors: dict[str, Any], names: list[tuple[str, str]]) -> None:
 
 def _rename_saved(model: nn.Module, weights: dict[str, Any], prefix: str, _: Any) -> None:
     _rename(weights, [(f"{prefix}{own}", f"{prefix}{saved}") for own, saved in _lasting_names(model)])
+    _make_saved_names_attributes(model)
 
 
 def _rename_loaded(model: nn.Module, weights: dict[str, Any], prefix: str, *_: Any) -> None:
     _rename(weights, [(f"{prefix}{saved}", f"{prefix}{own}") for own, saved in _lasting_names(model)])
+
+
+def _make_saved_names_attributes(model: nn.Module) -> None:
+    """Let those who look weights up by their saved names find them: transformers and ``functional_call``, for two."""
+    modules = dict(model.named_modules())
+    for own, saved in _lasting_names(model):
+        holder = modules.get(saved.removesuffix(f".{CHILD}."))
+        if own != saved and holder is not None:
+            holder.__dict__[CHILD] = modules[own.removesuffix(".")]  # no child: it has its place
 
 
 def group_with_blocks(model: Any, coarse: bool = False, matcher: Any = None) -> Callable[[str], int]:

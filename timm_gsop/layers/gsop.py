@@ -1,5 +1,7 @@
 """Global second-order pooling (GSoP): reduction → covariance → excitation → rescale (paper section 3, Table 2)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -248,7 +250,19 @@ class PositionGsop(Gsop):
         return F.interpolate(weights, size=(x.shape[2], x.shape[3]), mode="bilinear", align_corners=False)
 
 
-class Average(nn.Module):
+class Fuse(nn.Module):
+    """What makes one tensor of two, the part ``fuse`` of a :class:`Fusion`.
+
+    timm's ``reparameterize_model`` takes ``fuse()`` of whatever has it, without arguments, for a function that returns
+    a module's replacement. So without arguments, this returns the module that it is a part of.
+    """
+
+    def __call__(self, *tensors: torch.Tensor) -> Any:
+        """Fuse two tensors."""
+        return super().__call__(*tensors) if tensors else vars(self)["whole"]
+
+
+class Average(Fuse):
     """Mean of two tensors."""
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -256,7 +270,7 @@ class Average(nn.Module):
         return (a + b) / 2
 
 
-class Maximum(nn.Module):
+class Maximum(Fuse):
     """Elementwise maximum of two tensors."""
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -264,7 +278,7 @@ class Maximum(nn.Module):
         return torch.maximum(a, b)
 
 
-class Concatenation(nn.Module):
+class Concatenation(Fuse):
     """Concatenation of the channels of two tensors, and a 1×1 convolution back to the channels of one.
 
     Args:
@@ -297,11 +311,12 @@ class Fusion(nn.Module):
         fuse: Makes one tensor of the two that they return.
     """
 
-    def __init__(self, channel: Gsop, position: Gsop, fuse: nn.Module) -> None:
+    def __init__(self, channel: Gsop, position: Gsop, fuse: Fuse) -> None:
         super().__init__()
         self.channel = channel
         self.position = position
         self.fuse = fuse
+        vars(fuse)["whole"] = self  # no child
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scale ``x``, (B, C, H, W), in both ways, and fuse the results."""
@@ -340,7 +355,7 @@ class FusedGsop(Fusion):
         check_choice("fusion", fusion, FUSIONS)
         channel = ChannelGsop(channels, cov_dim, device=device, dtype=dtype)
         position = PositionGsop(channels, cov_dim, spatial_size, device=device, dtype=dtype)
-        fuse: nn.Module
+        fuse: Fuse
         if fusion == "avg":
             fuse = Average()
         elif fusion == "max":

@@ -21,6 +21,7 @@ from timm_gsop.layers.gsop import (
     FUSIONS,
     ChannelGsop,
     CovarianceExcitation,
+    Fuse,
     FusedGsop,
     Fusion,
     Gsop,
@@ -188,13 +189,14 @@ class OfficialPositionGsop(PositionGsop):
         weights = weights.reshape(-1, 1, self.spatial_size, self.spatial_size)
         return adaptive_avg_pool2d(weights, x.shape[2], x.shape[3])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # a block adds its shortcut itself
+    # A block adds its shortcut itself.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Scale the positions of ``x``, (B, C, H, W), and rectify."""
         # Not F.relu, which keeps its output for the gradient: timm's bottleneck adds the shortcut in place.
         return (x * self.weights(x)).clamp_min(0)
 
 
-class Sum(nn.Module):
+class Sum(Fuse):
     """Sum of two tensors: the released "average"."""
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -202,7 +204,7 @@ class Sum(nn.Module):
         return a + b
 
 
-class OfficialConcatenation(nn.Module):
+class OfficialConcatenation(Fuse):
     """The released "concatenation": a grouped k×1 convolution of each tensor, their sum, BN.
 
     Args:
@@ -266,7 +268,7 @@ class OfficialFusedGsop(FusedGsop):
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         channel = OfficialChannelGsop(channels, cov_dim, stride, **dd)
         position = OfficialPositionGsop(channels, cov_dim, spatial_size, **dd)
-        fuse: nn.Module
+        fuse: Fuse
         if fusion == "avg":
             fuse = Sum()
         elif fusion == "max":

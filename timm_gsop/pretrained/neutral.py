@@ -131,7 +131,8 @@ def _read_in_resnet(model: Any, stage: int) -> list[_Scaling]:
 def _sites_in_densenet(model: Any) -> Iterator[_Site]:
     for block in model.features:
         if isinstance(block, GsopBlock):
-            _, saved = block.names
+            names: Any = block.names
+            _, saved = names
             reader, _, _ = saved.partition(".")
             is_last = reader == "norm5"
             scalings = partial(_read_by_head, model) if is_last else partial(_normalized_by, f"features.{reader}.norm")
