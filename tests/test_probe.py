@@ -358,6 +358,13 @@ def test_command_line(pictures, tmp_path, capsys, checkpoint):
         main([str(word) for word in (pictures, *options.split(), *where, "--save", "best")])
 
 
+def test_heads_that_read_a_class_token_are_left_out(pictures, cache, capsys):
+    arguments = {**FAST, "heads": ("isqrt", "moment"), "splits": 1, "epochs": 1}
+    table = run(pictures, "test_vit", pretrained=False, **arguments, cache=cache)
+    assert [row.head for row in table.rows] == ["avg", "isqrt"]
+    assert "Left out for test_vit, whose class token they would read: moment" in capsys.readouterr().out
+
+
 def test_no_weights_offline_is_one_line(pictures, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = run_fresh("-m", "timm_gsop.probe", pictures, "--backbone", "test_resnet", env=env, cwd=tmp_path)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from timm_gsop.checks import check_choice, check_positive_int
 from timm_gsop.hub.hub_folder import check_new_folder
+from timm_gsop.layers import SECOND_ORDER_POOLS
 from timm_gsop.probe.heads import HEADS, Inputs, Options, Trained, create_head, inputs_of, mlp_width, search, train_head
 from timm_gsop.probe.images import Images, read_images
 from timm_gsop.probe.maps import cached_maps, unreadable_images
@@ -67,7 +68,8 @@ def run(
         pretrained: Whether the backbone has weights at all; random ones otherwise.
         levels: Feature levels, as indices into the backbone's ``feature_info``; negative ones count from the end, None
             is what its ``forward_features`` returns.
-        heads: Some of ``HEADS``; ``"avg"``, to which all are compared, is always there.
+        heads: Some of ``HEADS``; ``"avg"``, to which all are compared, is always there. Heads that read a class token
+            are left out for backbones that have one, because maps do not have it.
         img_size: Height and width of the images; None for the backbone's own.
         isqrt_dim: Channels after reduction, of heads that reduce.
         dataset: Data set as timm's ``--dataset`` names it, ``"torch/cifar10"`` for one; ``""`` for folders.
@@ -111,6 +113,7 @@ def run(
     parts = draw_splits(images, splits, seed)
     device = device or default_device()
     extractor = Extractor(backbone, levels, checkpoint, pretrained, img_size, device, dict(isqrt_dim=isqrt_dim))
+    heads = _without_token(heads, extractor, save)
     with threads(free_cores()):
         maps = cached_maps(
             images,
@@ -309,6 +312,18 @@ def _report_unreadable(images: Images, unreadable: np.ndarray, skip: bool) -> No
     if not skip:
         raise ValueError(f"{text}. Mend or remove them, or pass --skip-unreadable.")
     print(f"{text}. They are skipped.")
+
+
+def _without_token(heads: Sequence[str], extractor: Extractor, save: str | None) -> list[str]:
+    """Leave out heads that would read a class token, which is not in the maps."""
+    if not extractor.network.has_class_token:
+        return list(heads)
+    out = [head for head in heads if head in SECOND_ORDER_POOLS and SECOND_ORDER_POOLS[head].takes_token]
+    if save in out:
+        raise ValueError(f"save={save!r} is not accepted for {extractor.backbone}: it reads the class token as well.")
+    if out:
+        print(f"Left out for {extractor.backbone}, whose class token they would read: {', '.join(out)}.")
+    return [head for head in heads if head not in out]
 
 
 def _check_save(save: str | None, output: str | Path | None, heads: Sequence[str]) -> Path:
