@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,7 +66,10 @@ def checkpoint(tmp_path) -> Path:
 def test_every_head_on_every_level(pictures, cache, tmp_path):
     """The table has what the paired comparison says, in the order of timm's results."""
     table = run(
-        pictures, **{**TINY, **FAST, "heads": HEADS, "levels": (None, -2)}, cache=cache, output=tmp_path / "output"
+        pictures,
+        **{**TINY, **FAST, "heads": HEADS, "levels": (None, -2), "epochs": 1},
+        cache=cache,
+        output=tmp_path / "output",
     )
     assert [(row.level, row.head) for row in table.rows] == list(itertools.product(("final", "3"), HEADS))
     with (tmp_path / "output/results.csv").open(newline="") as file:
@@ -372,3 +376,14 @@ def test_no_weights_offline_is_one_line(pictures, tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: The weights of test_resnet could not be loaded")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere heads are trained one after the other")
+def test_processes_give_what_one_gives(pictures, cache, monkeypatch):
+    alone = run(pictures, **TINY, **FAST, cache=cache)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.manual_seed(0)
+    together = run(pictures, **TINY, **FAST, cache=cache)
+    times = dict(train_seconds=0, infer_seconds=0)
+    for a, b in zip(alone.rows, together.rows, strict=True):
+        assert {**a.as_dict(), **times} == {**b.as_dict(), **times}

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from tqdm import tqdm
 from timm_gsop.checks import check_choice, check_positive_int
 from timm_gsop.hub.hub_folder import check_new_folder
 from timm_gsop.layers import SECOND_ORDER_POOLS
-from timm_gsop.probe.heads import HEADS, Inputs, Options, Trained, create_head, inputs_of, mlp_width, search, train_head
+from timm_gsop.probe.heads import HEADS, Options, Trained, create_head, inputs_of, mlp_width, search, train_head
 from timm_gsop.probe.images import Images, read_images
 from timm_gsop.probe.maps import cached_maps, unreadable_images
 from timm_gsop.probe.network import Extractor, level_name
+from timm_gsop.probe.processes import in_processes
 from timm_gsop.probe.report import write_report
 from timm_gsop.probe.saving import Choice, save_network
 from timm_gsop.probe.splits import Split, draw_splits, keep_readable, take_some
@@ -128,10 +128,7 @@ def run(
     _report_unreadable(images, unreadable, skip_unreadable)
     parts = keep_readable(images, parts, unreadable)
     task = _Task(images.targets, len(images.class_names), parts, seed, extractor.device, epochs)
-    entries: list[_Entry] = []
-    with threads(1):  # the matrices are small: more threads gain little, and lose much on a busy machine
-        for level, level_maps in zip(extractor.levels, maps, strict=True):
-            entries += _compare(extractor.networks[level], level, level_maps, heads, task, progress)
+    entries = _compare(extractor, maps, heads, task, progress)
     table = _table(entries, extractor, images, parts)
     if save is not None:
         chosen = _choose(entries, None if save == "best" else save, without=("mlp",))
@@ -181,37 +178,53 @@ class _Entry:
 
     def correct(self, targets: np.ndarray, best: int = 1) -> np.ndarray:
         """(splits, test images): whether the true class is among the ``best`` ones."""
-        logits = torch.stack([found.logits for found in self.trained])
+        logits = torch.from_numpy(np.stack([found.logits for found in self.trained]))
         among = logits.topk(min(best, logits.shape[-1])).indices.numpy()
         return (among == targets[:, None]).any(-1)
 
 
 def _compare(
-    network: Any, level: int | None, maps: np.ndarray, heads: Sequence[str], task: _Task, progress: bool
+    extractor: Extractor, maps: Sequence[np.ndarray], heads: Sequence[str], task: _Task, progress: bool
 ) -> list[_Entry]:
-    """Search, and train on every split, each of the heads on the maps of one level."""
+    """Search, and train on every split, each of the heads on the maps of each level.
+
+    On a CPU as many heads at a time as cores are free: the matrices are small, so that more threads for one head gain
+    little, and lose much on a busy machine.
+    """
+    levels = list(zip(extractor.levels, maps, strict=True))
+    jobs = [(level, level_maps, head) for level, level_maps in levels for head in heads]
+    hidden = {level: _mlp_width(extractor.networks[level], heads, task) for level in extractor.levels}
+
+    def work(index: int) -> _Entry:
+        level, level_maps, head = jobs[-1 - index]  # the last heads take longest, and so come first
+        return _compare_one(extractor.networks[level], level, level_maps, head, hidden[level], task)
+
+    workers = free_cores() if task.device.type == "cpu" else 1
+    with threads(1):
+        found = in_processes(work, len(jobs), workers)
+        entries = list(tqdm(found, desc="heads", total=len(jobs), unit="head", disable=not progress))
+    return entries[::-1]
+
+
+def _mlp_width(network: Any, heads: Sequence[str], task: _Task) -> int:
     sizes = [_count(create_head(network, head, task.num_classes, task.seed)) for head in heads if head != "mlp"]
-    hidden = mlp_width(network.num_features, task.num_classes, max(sizes))
-    entries = []
-    for head in tqdm(heads, desc=f"heads on level {level_name(level)}", unit="head", disable=not progress):
+    return mlp_width(network.num_features, task.num_classes, max(sizes))
 
-        def new(split: int, head: str = head) -> torch.nn.Sequential:
-            return create_head(network, head, task.num_classes, task.seed + split, hidden)
 
-        inputs = inputs_of(new(0), maps, task.device)
+def _compare_one(network: Any, level: int | None, maps: np.ndarray, head: str, hidden: int, task: _Task) -> _Entry:
+    def new(split: int) -> Any:
+        return create_head(network, head, task.num_classes, task.seed + split, hidden)
 
-        def train(options: Options, split: int, new: Any = new, inputs: Inputs = inputs) -> Trained:
-            seed = task.seed + split
-            return train_head(
-                new(split), inputs, task.targets, task.splits[split], options, seed, task.device, task.epochs
-            )
+    def train(options: Options, split: int) -> Trained:
+        about = (options, task.seed + split, task.device, task.epochs)
+        return train_head(new(split), inputs, task.targets, task.splits[split], *about)
 
-        options, found = search(partial(train, split=0))
-        trained = [found, *(train(options, split) for split in range(1, len(task.splits)))]
-        first: Any = new(0)
-        sizes_of = (first.fc.in_features, _count(first), _count(network.backbone))
-        entries.append(_Entry(level, head, *sizes_of, options, trained))
-    return entries
+    first = new(0)
+    features, parameters = first.fc.in_features, _count(first)
+    inputs = inputs_of(first, maps, task.device)
+    options, found = search(lambda options: train(options, 0))
+    trained = [found, *(train(options, split) for split in range(1, len(task.splits)))]
+    return _Entry(level, head, features, parameters, _count(network.backbone), options, trained)
 
 
 def _count(module: torch.nn.Module) -> int:
@@ -228,7 +241,7 @@ def _table(entries: list[_Entry], extractor: Extractor, images: Images, splits: 
         right, right5 = entry.correct(targets), entry.correct(targets, 5)
         each = tuple(100 * right.mean(1))
         difference = paired_difference(right, reference.correct(targets))
-        predicted = [found.logits.argmax(1).numpy() for found in entry.trained]
+        predicted = [found.logits.argmax(1) for found in entry.trained]
         channels, height, width = shapes[entry.level]
         config = extractor.data_config
         rows.append(

@@ -37,7 +37,7 @@ class Options(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A trained head.
+    """A trained head, in NumPy's arrays, which go from process to process.
 
     Attributes:
         logits: Of the test images.
@@ -48,10 +48,10 @@ class Trained(NamedTuple):
         infer_seconds: Time for the test images.
     """
 
-    logits: torch.Tensor
+    logits: np.ndarray
     validation: float
     validation_loss: float
-    state: dict[str, torch.Tensor]
+    state: dict[str, np.ndarray]
     train_seconds: float
     infer_seconds: float
 
@@ -192,8 +192,10 @@ def train_head(
     infer_seconds = time.perf_counter() - started
     true = labels.cpu()[split.validation]
     accuracy = 100 * (validation.argmax(1) == true).double().mean().item()
-    state = {name: value.detach().cpu().clone() for name, value in head.state_dict().items()}
-    return Trained(logits, accuracy, F.cross_entropy(validation, true).item(), state, train_seconds, infer_seconds)
+    state = {name: value.detach().cpu().numpy().copy() for name, value in head.state_dict().items()}
+    return Trained(
+        logits.numpy(), accuracy, F.cross_entropy(validation, true).item(), state, train_seconds, infer_seconds
+    )
 
 
 @torch.inference_mode()

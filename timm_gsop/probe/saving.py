@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from timm.models import PretrainedCfg
 
@@ -24,7 +25,7 @@ class Choice(NamedTuple):
     backbone: str
     level: int | None
     head: str
-    state: dict[str, torch.Tensor]
+    state: dict[str, np.ndarray]
     top1: float
     checkpoint: str | Path | None
     pretrained: bool
@@ -60,7 +61,8 @@ def save_network(
         global_pool=choice.head,
         **choice.options,
     )
-    missing, unexpected = network.load_state_dict(choice.state, strict=False)
+    state = {name: torch.from_numpy(value) for name, value in choice.state.items()}
+    missing, unexpected = network.load_state_dict(state, strict=False)
     parameters = {name for name, _ in network.named_parameters() if not name.startswith("backbone.")}
     if unexpected or (forgotten := sorted(parameters.intersection(missing))):
         raise RuntimeError(f"The head does not fit the network: {unexpected or forgotten}.")
