@@ -11,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from tests.checkpointing import check_grad_checkpointing_changes_nothing
@@ -311,3 +312,26 @@ def test_bad_stages_are_named(stages):
 def test_bad_argument_is_named(argument, value):
     with pytest.raises(ValueError, match=f"{argument}={value!r}"):
         insert_gsop(timm.create_model("resnet18"), **{argument: value})
+
+
+# The last layer with weights before each block.
+BEFORE_BLOCKS = {
+    "resnet18": [f"layer{stage}.1.conv2.weight" for stage in (1, 2, 3, 4)],
+    "densenet121": [
+        f"features.denseblock{block}.denselayer{layer}.conv2.weight" for block, layer in ((1, 6), (2, 12), (3, 24))
+    ],
+    "vgg11_bn": [f"features.{layer}.weight" for layer in (12, 19, 26, 26)],
+    "regnetx_002": ["s1.b1.conv3.conv.weight", "s2.b1.conv3.conv.weight", "s3.b4.conv3.conv.weight"],
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_BLOCKS)
+def test_blocks_learn_at_the_rate_of_their_stage(name):
+    model = create(name)
+    for copied in (model, copy.deepcopy(model)):
+        names = {id(p): parameter for parameter, p in copied.named_parameters()}
+        rates = {}
+        for group in create_optimizer_v2(copied, opt="sgd", lr=1.0, layer_decay=0.5).param_groups:
+            rates.update({names[id(p)]: group["lr_scale"] for p in group["params"]})
+        for block, before in zip(blocks(copied).values(), BEFORE_BLOCKS[name], strict=False):
+            assert {rates[names[id(p)]] for p in block.parameters()} == {rates[before]}

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -381,6 +382,146 @@ def test_a_configuration_is_plain_json(tmp_path):
     assert config["architecture"] == "second_order"
     assert config["model_args"]["backbone"] == "convnext_atto"
     assert config["model_args"]["gsop_stages"] == [0, 3]
+
+
+# ---- sizes and levels
+
+
+def token_backbone(**kwargs) -> SecondOrder:
+    return create("vit_tiny_patch16_224", **kwargs).eval()
+
+
+@pytest.mark.parametrize("size", [(112, 448), (224, 224), (64, 32)])
+def test_tokens_take_the_grid_of_the_image_at_hand(size):
+    model = token_backbone(dynamic_img_size=True)
+    x = torch.randn(1, 3, *size)
+    features = model.forward_features(x)
+    assert features.shape[2:] == (size[0] // 16, size[1] // 16)
+    (expected,) = model.backbone.forward_intermediates(x, 1, norm=True, intermediates_only=True)
+    torch.testing.assert_close(features, expected)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("vit_tiny_patch16_224", dict(img_size=(96, 160))),
+        ("vit_tiny_patch16_224", dict(img_size=(96, 64), patch_size=(8, 8))),
+        ("swin_tiny_patch4_window7_224", dict(img_size=(192, 96))),
+        ("swin_tiny_patch4_window7_224", dict(img_size=(128, 128), window_size=(4, 4))),
+    ],
+)
+def test_another_input_size_is_saved_and_loaded(name, change, tmp_path):
+    model = create(name).eval()
+    model.set_input_size(**change)
+    x = torch.randn(2, 3, *change["img_size"])
+    stride = 32 if name.startswith("swin") else change.get("patch_size", (16, 16))[0]
+    assert model.forward_features(x).shape[2:] == tuple(side // stride for side in change["img_size"])
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    assert timm.data.resolve_model_data_config(loaded)["input_size"] == (3, *change["img_size"])
+    assert not hasattr(create("resnet18"), "set_input_size")
+
+
+def test_intermediates_as_a_dictionary():
+    model = token_backbone()
+    x = image(model)
+    found = model.forward_intermediates(x, output_dict=True)
+    torch.testing.assert_close(found["image_features"], model.forward_features(x))
+    assert [m.shape for m in found["image_intermediates"]] == [(2, 192, 14, 14)] * 3
+
+
+def reference(model: SecondOrder, name: str, level: int, x: torch.Tensor) -> torch.Tensor:
+    """The level of timm's network with the same weights, with its last norm where that fits."""
+    options = {key: value for key, value in BACKBONES[name].items() if key != "gsop_stages"}
+    whole = timm.create_model(name, num_classes=0, **options).eval()
+    whole.load_state_dict(model.backbone.state_dict(), strict=False)
+    (features,) = whole.forward_intermediates(x, [level], intermediates_only=True, norm=name in TOKENS)
+    return features
+
+
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [("resnet18", 3), ("resnet18", -1), ("vit_tiny_patch16_224", 1), ("swin_tiny_patch4_window7_224", 2)]
+    + [pytest.param(name, -2, marks=pytest.mark.slow) for name in BACKBONES if name not in (*FAST, "hrnet_w18_small")]
+    + [("mobilenetv3_small_050", 3), ("efficientnet_b0", -1), ("densenet121", 3), ("convnext_atto", 0)],
+)
+def test_the_head_reads_a_level_and_the_rest_is_gone(name, level, tmp_path):
+    whole = create(name, gsop_stages=())
+    model = create(name, level=level, gsop_stages=()).eval()
+    x = image(model)
+    levels = len(whole.feature_info)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(x), reference(model, name, level % levels, x), rtol=0, atol=0)
+    assert set(model.backbone.state_dict()) <= set(whole.backbone.state_dict())
+    if level % levels < levels - 1:
+        assert len(model.backbone.state_dict()) < len(whole.backbone.state_dict())
+    assert [m.shape[1] for m in model.forward_intermediates(x, intermediates_only=True)] == [
+        info["num_chs"] for info in model.feature_info
+    ]
+    assert len(model.feature_info) == level % levels + 1
+    model.train()(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    timm.models.save_for_hf(model.eval(), tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+def test_blocks_and_features_of_a_level():
+    model = create("resnet18", level=2, gsop_stages=(1, 2))
+    assert len(blocks(model)) == 2
+    with pytest.raises(ValueError, match=r"gsop_stages=\(2, 4\) .* of \[0, 1, 2\]"):
+        create("resnet18", level=2)
+    features = timm.create_model("second_order", backbone="resnet18", level=2, features_only=True)
+    assert features.feature_info.channels() == [64, 64, 128]
+
+
+@pytest.mark.parametrize("level", [5, -6, "layer2", True])
+def test_a_bad_level_is_named(level):
+    with pytest.raises(ValueError, match=f"level={level!r} is not accepted; .*of which it has 5"):
+        create("resnet18", level=level)
+
+
+def test_a_backbone_that_cannot_be_cut_is_named():
+    with pytest.raises(ValueError, match="level=2 is not accepted with backbone='hrnet_w18_small'"):
+        create("hrnet_w18_small", level=2, gsop_stages=())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_weights_are_initialized_again(name):
+    model = create(name).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        for value in [*model.parameters(), *model.buffers()]:
+            value.fill_(7)
+    model.init_weights()
+    for key, value in model.state_dict().items():
+        if "running" in key or "expand_conv.weight" in key:
+            torch.testing.assert_close(value, before[key])
+        elif value.is_floating_point():
+            assert not (value == 7).any(), key
+        if value.is_floating_point() and value.numel() > 1000:
+            assert value.std().item() == pytest.approx(before[key].std().item(), rel=0.1, abs=1e-3), key
+
+
+# ---- warnings
+
+
+@pytest.mark.parametrize("options", [dict(gsop_stages=()), dict(gsop_stages=(4,), global_pool="avg")])
+def test_a_map_of_one_position_is_said_in_the_first_pass(options):
+    model = create("resnet18", **options).train()
+    with pytest.warns(UserWarning, match="reads a map of 1×1, .* Use larger images, a smaller output_stride") as found:
+        model(torch.randn(2, 3, 32, 32))
+    assert len(found) == 1
+    x = torch.randn(2, 3, 64, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(x)
+        small = torch.randn(2, 3, 32, 32)
+        torch.compile(model.eval(), backend="eager", fullgraph=True)(small)
+        torch.export.export(model, (small,))
 
 
 # ---- the Hub

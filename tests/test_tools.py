@@ -147,3 +147,19 @@ def test_weights_are_found_by_the_names_that_they_are_saved_under(tool):
     twin = timm.create_model("gsop_densenet121_net1", **{**SMALL, **NETWORKS["gsop_densenet121_net1"]}).eval()
     twin.load_state_dict(weights)
     torch.testing.assert_close(twin(x), found)
+
+
+CUT = {**NETWORKS, "second_order of tokens": dict(backbone="vit_tiny_patch16_224", depth=2)}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_network_is_cut_by_its_children(name):
+    """They are in the order of calls: without the last one pooled features, without the last two the feature map."""
+    model = timm.create_model(name.partition(" ")[0], **{**SMALL, **CUT[name]}).eval()
+    x = torch.randn(2, 3, 224, 224) if "tokens" in name else torch.randn(2, 3, 96, 96)
+    children = list(model.children())
+    features = model.forward_features(x)
+    torch.testing.assert_close(nn.Sequential(*children[:-2])(x), features)
+    pooled = nn.Sequential(*children[:-1])(x)
+    torch.testing.assert_close(pooled, model.forward_head(features, pre_logits=True))
+    assert pooled.shape == (2, model.head_hidden_size)

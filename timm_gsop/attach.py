@@ -270,20 +270,10 @@ def group_with_blocks(model: Any, coarse: bool = False, matcher: Any = None) -> 
     """
     matched = matcher(coarse=coarse) if matcher is not None else lambda name: 0
     groups: dict[str, int] = group_parameters(model, matched, reverse=True)
-    after = {f"{path}.": path.removesuffix(SIBLING) for path, m in model.named_modules() if isinstance(m, GsopBlock)}
-    of_blocks = {name: path for name in groups for block, path in after.items() if name.startswith(block)}
-    own = {name: group for name, group in groups.items() if name not in of_blocks}
-    # Unmatched names (a final norm, for one) may be alone in the last group of the model: that is as it was.
-    grouped = {**own, **{name: _last_group(path, own) for name, path in of_blocks.items()}}
+    of_blocks = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, GsopBlock))
+    grouped, before = {}, 0
+    for name, _ in model.named_parameters():  # what is registered before a block is of its stage
+        before = before if name.startswith(of_blocks) else groups[name]
+        grouped[name] = before
     last = max(grouped.values(), default=0)
     return lambda name: grouped.get(name, last)
-
-
-def _last_group(path: str, groups: dict[str, int]) -> int:
-    """The last group of the parameters in a module, or in the nearest around it that has some."""
-    while path:
-        found = [group for name, group in groups.items() if name.startswith(f"{path}.")]
-        if found:
-            return max(found)
-        path = path.rpartition(".")[0]
-    return 0

@@ -1,5 +1,6 @@
 """Checks of arguments and inputs: a bad one raises a ``ValueError`` that names it, its value and what is accepted."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ __all__ = [
     "check_positive_int",
     "check_square",
     "check_stages",
+    "warn_of_one_position",
 ]
 
 
@@ -73,4 +75,23 @@ def check_batch_for_training(name: str, x: torch.Tensor, bn: nn.Module) -> None:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}, a batch of one: in training the excitation's batch normalization "
             "needs a batch of at least 2. Use a larger batch, drop the last incomplete one, or call eval()."
+        )
+
+
+def warn_of_one_position(layer: str, x: torch.Tensor) -> None:
+    """Warn of a map (B, C, 1, 1), whose covariance is zero; graphs do not.
+
+    By Python's default filter, a warning is shown once.
+
+    Args:
+        layer: Name of the layer that computes the covariance.
+        x: The map.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return
+    if x.shape[2] == 1 and x.shape[3] == 1:
+        warnings.warn(
+            f"{layer} reads a map of 1×1, of which every covariance is zero: it learns nothing there. Use larger "
+            "images, a smaller output_stride, or an earlier stage.",
+            stacklevel=2,
         )

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from timm_gsop.checks import check_ndim, check_positive_int
+from timm_gsop.checks import check_ndim, check_positive_int, warn_of_one_position
 from timm_gsop.layers.channel_reduction import ChannelReduction
 from timm_gsop.layers.covariance import covariance_pool, triu_vectorize
 from timm_gsop.layers.covariance_sqrt import covariance_sqrt
@@ -15,7 +15,10 @@ from timm_gsop.layers.second_order_pool import SecondOrderPool2d
 __all__ = ["CovPool2d", "IsqrtCovPool2d", "MpnCovPool2d"]
 
 # Leaves in torch.fx's graphs: within a trace, shapes are no numbers that they could test.
-for _leaf in ("check_ndim", "covariance_pool", "covariance_sqrt", "eigh_power", "newton_schulz_sqrt", "triu_vectorize"):
+for _leaf in (
+    *("check_ndim", "warn_of_one_position", "triu_vectorize"),
+    *("covariance_pool", "covariance_sqrt", "eigh_power", "newton_schulz_sqrt"),
+):
     torch.fx.wrap(_leaf)
 
 
@@ -74,6 +77,7 @@ class CovPool2d(SecondOrderPool2d):
         """Pool (B, C, H, W) to (B, dim·(dim+1)/2), in the dtype of the weights."""
         if not torch.jit.is_scripting():
             check_ndim("input", x, (4,), "(B, C, H, W)")
+            warn_of_one_position("Covariance pooling", x)
         vectors = self.vectorize(self.pool(x))
         return vectors.to(self.reduction.conv.weight.dtype)
 

@@ -12,6 +12,7 @@ from timm_gsop.checks import (
     check_ndim,
     check_positive,
     check_positive_int,
+    warn_of_one_position,
 )
 from timm_gsop.layers.adaptive_pool import adaptive_avg_pool2d
 from timm_gsop.layers.channel_reduction import ChannelReduction
@@ -40,6 +41,7 @@ for _leaf in (
     "covariance_pool",
     "position_covariance",
     "rescale",
+    "warn_of_one_position",
 ):
     torch.fx.wrap(_leaf)
 
@@ -194,6 +196,8 @@ class ChannelGsop(Gsop):
 
     def covariance(self, reduced: torch.Tensor) -> torch.Tensor:
         """Covariance between channels, (B, d, H, W) to (B, d, d)."""
+        if not torch.jit.is_scripting():
+            warn_of_one_position("A channel-wise GSoP block", reduced)
         return covariance_pool(reduced)
 
 
