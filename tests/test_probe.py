@@ -143,13 +143,13 @@ def test_maps_are_computed_once_and_interrupted_ones_go_on(pictures, cache, tmp_
     monkeypatch.setattr(Extractor, "__call__", stop)
     with pytest.raises(KeyboardInterrupt):
         extract(pictures, tmp_path / "other", batch_size=16)
-    assert {path.suffix for path in (tmp_path / "other").iterdir()} == {".partial"}
+    assert not list((tmp_path / "other").glob("*.npy"))
     calls.clear()
     monkeypatch.setattr(Extractor, "__call__", lambda self, x: calls.append(len(x)) or call(self, x))
     for a, b in zip(whole, extract(pictures, tmp_path / "other", batch_size=16), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
     assert calls == [1, 16, 12]
-    assert {path.suffix for path in (tmp_path / "other").iterdir()} == {".npy"}
+    assert not list((tmp_path / "other").glob("*.partial"))
 
 
 def test_another_list_size_or_weights_have_maps_of_their_own(tmp_path, cache):
@@ -161,7 +161,7 @@ def test_another_list_size_or_weights_have_maps_of_their_own(tmp_path, cache):
     extract(folder, cache, extractor=other)
     torch.manual_seed(7)
     extract(folder, cache, extractor=Extractor("test_resnet", (None, -2), pretrained=False, img_size=32))
-    assert len(list(cache.iterdir())) == 2 * 4
+    assert len(list(cache.glob("*.npy"))) == 2 * 4
 
 
 def test_space_is_checked_before(pictures, cache, monkeypatch):
@@ -170,7 +170,7 @@ def test_space_is_checked_before(pictures, cache, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(OSError, match="The maps need"):
         extract(pictures, cache)
-    assert not list(cache.iterdir())
+    assert {path.name for path in cache.iterdir()} <= {".lock"}
 
 
 def test_images_that_cannot_be_read_are_named_and_counted(tmp_path, cache, capsys):
@@ -221,6 +221,24 @@ def test_validation_folder_tests_where_there_is_no_other(tmp_path):
     (split,) = draw_splits(images, 1, 0)
     assert set(images.parts[split.test]) == {"validation"}
     assert set(images.parts[split.validation]) == {"train"}
+
+
+def test_torchvisions_data_sets(tmp_path, cache):
+    """By timm's name: the second part, which timm calls validation, tests."""
+    raw = tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 40), ("t10k", 20)):
+        pixels = generator.integers(0, 256, (count, 28, 28)).astype(np.uint8)
+        images = np.array([0x803, count, 28, 28], ">i4").tobytes() + pixels.tobytes()
+        labels = np.array([0x801, count], ">i4").tobytes() + (np.arange(count) % 10).astype(np.uint8).tobytes()
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(images)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+    table = run(tmp_path, **TINY, **FAST, dataset="torch/mnist", train_images=30, cache=cache)
+    assert [table.about[part] for part in ("train", "validation", "test")] == [20, 10, 20]
+    assert "7 - seven" in table.about["images"]
+    with pytest.raises(ValueError, match=r"dataset='torch/cifar10' in .* cannot be read: Dataset not found"):
+        run(tmp_path, **TINY, **FAST, dataset="torch/cifar10", cache=cache)
 
 
 def no_classes(folder: Path) -> None:

@@ -4,14 +4,15 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -57,41 +58,71 @@ def cached_maps(
     what = [extractor.weights, extractor.data_config, str(extractor.autocast), images.digest]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     files = [folder / f"{name}-{digest}.npy" for name in extractor.names]
-    missing = [level for level, file in enumerate(files) if not file.exists()]
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = [files[level].with_suffix(".partial") for level in missing]
-        headers = [_header((len(images), *extractor.shapes[level])) for level in missing]
-        rows = [2 * int(np.prod(extractor.shapes[level])) for level in missing]
-        done = min(_complete_rows(*part) for part in zip(partial, headers, rows, strict=True))
-        _check_space(folder, sum(rows) * (len(images) - done), limit, progress)
-        with ExitStack() as stack:
-            opened = [stack.enter_context(path.open("r+b" if done else "wb")) for path in partial]
-            for file, header, row in zip(opened, headers, rows, strict=True):
-                file.write(header)
-                file.truncate(len(header) + done * row)
-                file.seek(0, 2)
-            pictures = Pictures(images, done, create_transform(**extractor.data_config))
-            loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=list)
-            bar = tqdm(total=len(images), initial=done, unit="image", desc="maps", disable=not progress)
-            for batch in loader:
-                readable = [i for i, picture in enumerate(batch) if picture is not None]
-                found = extractor(torch.stack([batch[i] for i in readable])) if readable else []
-                for level, file in zip(missing, opened, strict=True):
-                    maps = np.full((len(batch), *extractor.shapes[level]), np.nan, np.float16)
-                    if readable:
-                        maps[readable] = found[level].half().cpu().numpy()
-                        if not np.isfinite(maps[readable]).all():
-                            raise ValueError(f"backbone={extractor.names[level]!r} has maps that float16 cannot hold.")
-                    file.write(maps.tobytes())
-                    file.flush()
-                bar.update(len(batch))
-            bar.close()
-        for level, path in zip(missing, partial, strict=True):
-            path.replace(files[level])
-    elif progress:
-        print(f"The maps of all {len(images)} images are in {folder}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(folder, progress):
+        missing = [level for level, file in enumerate(files) if not file.exists()]
+        if missing:
+            _extract(images, extractor, files, missing, limit, batch_size, workers, progress)
+        elif progress:
+            print(f"The maps of all {len(images)} images are in {folder}.")
     return [np.load(file, mmap_mode="r") for file in files]
+
+
+def _extract(
+    images: Images,
+    extractor: Extractor,
+    files: Sequence[Path],
+    missing: Sequence[int],
+    limit: float | None,
+    batch_size: int,
+    workers: int,
+    progress: bool,
+) -> None:
+    """Compute the maps of the levels that are missing, or the rest of them."""
+    partial = [files[level].with_suffix(".partial") for level in missing]
+    headers = [_header((len(images), *extractor.shapes[level])) for level in missing]
+    rows = [2 * int(np.prod(extractor.shapes[level])) for level in missing]
+    done = min(_complete_rows(*part) for part in zip(partial, headers, rows, strict=True))
+    _check_space(files[0].parent, sum(rows) * len(images), sum(rows) * done, partial, limit, progress)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(path.open("r+b" if done else "wb")) for path in partial]
+        for file, header, row in zip(opened, headers, rows, strict=True):
+            file.write(header)
+            file.truncate(len(header) + done * row)
+            file.seek(0, 2)
+        pictures = Pictures(images, done, create_transform(**extractor.data_config))
+        bar = tqdm(total=len(images), initial=done, unit="image", desc="maps", disable=not progress)
+        for batch in DataLoader(pictures, batch_size, num_workers=workers, collate_fn=list):
+            readable = [i for i, picture in enumerate(batch) if picture is not None]
+            found = extractor(torch.stack([batch[i] for i in readable])) if readable else []
+            for level, file in zip(missing, opened, strict=True):
+                maps = np.full((len(batch), *extractor.shapes[level]), np.nan, np.float16)
+                if readable:
+                    maps[readable] = found[level].half().cpu().numpy()
+                    if not np.isfinite(maps[readable]).all():
+                        raise ValueError(f"backbone={extractor.names[level]!r} has maps that float16 cannot hold.")
+                file.write(maps.tobytes())
+                file.flush()
+            bar.update(len(batch))
+        bar.close()
+    for level, path in zip(missing, partial, strict=True):
+        path.replace(files[level])
+
+
+@contextmanager
+def _only_one(folder: Path, progress: bool) -> Iterator[None]:
+    """Let one run at a time fill a folder; a second one waits."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if progress:
+            print(f"Another run is filling {folder}: waiting for it.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def unreadable_images(maps: np.ndarray) -> np.ndarray:
@@ -117,18 +148,21 @@ def _complete_rows(path: Path, header: bytes, row: int) -> int:
     return (path.stat().st_size - len(header)) // row
 
 
-def _check_space(folder: Path, needed: int, limit: float | None, progress: bool) -> None:
-    there = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+def _check_space(
+    folder: Path, size: int, done: int, partial: Sequence[Path], limit: float | None, progress: bool
+) -> None:
+    """Say what the files need, and refuse it where there is not so much."""
+    others = sum(file.stat().st_size for file in folder.iterdir() if file.is_file() and file not in partial)
     free = shutil.disk_usage(folder).free
     if progress:
-        print(f"The maps need {_gib(needed)} in {folder}, where {_gib(there)} are used and {_gib(free)} are free.")
-    if limit is not None and there + needed > limit:
+        print(f"The maps need {_gib(size)} in {folder}, where {_gib(others)} are used and {_gib(free)} are free.")
+    if limit is not None and others + size > limit:
         raise ValueError(
-            f"The maps need {_gib(needed)}, and {folder} has {_gib(there)} already: more than the limit of "
+            f"The maps need {_gib(size)}, and {folder} has {_gib(others)} already: more than the limit of "
             f"{_gib(limit)}. Delete what is not needed there, raise the limit, or probe fewer levels or images."
         )
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"The maps need {_gib(needed)}, and {_gib(free)} are free", str(folder))
+    if size - done > free:
+        raise OSError(errno.ENOSPC, f"The maps need {_gib(size - done)}, and {_gib(free)} are free", str(folder))
 
 
 def _gib(size: float) -> str:
