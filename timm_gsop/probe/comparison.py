@@ -319,7 +319,7 @@ def _conclude(best: Row, reference: Row) -> str:
 def _report_unreadable(images: Images, unreadable: np.ndarray, skip: bool) -> None:
     if not len(unreadable):
         return
-    shown = [f"{images.names[i].partition(' (')[0]} {images.problem(i)}".strip() for i in unreadable[:5]]
+    shown = [f"{images.names[i]}: {images.problem(i)}" for i in unreadable[:5]]
     text = f"{len(unreadable)} of {len(images)} images cannot be used: {'; '.join(shown)}"
     text += f"; and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
     if not skip:

@@ -33,8 +33,8 @@ class Images:
         places: (N, 2): which data set an image is in, and at which index.
         targets: (N,): index of the class.
         parts: (N,): ``"train"``, ``"validation"`` or ``"test"``; ``""`` in a data set without parts.
-        names: What to call each image in messages; with the file's size and time where there is one, it is also how a
-            changed image is noticed.
+        names: What to call each image in messages.
+        stamps: Size and time of each image's file, by which a change is noticed; ``""`` where there is no file.
         class_names: Names of the classes.
     """
 
@@ -43,6 +43,7 @@ class Images:
     targets: np.ndarray
     parts: np.ndarray
     names: tuple[str, ...]
+    stamps: tuple[str, ...]
     class_names: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -51,9 +52,14 @@ class Images:
     def take(self, indices: np.ndarray) -> "Images":
         """Some of the images, in the order of their indices."""
         indices = np.sort(indices)
-        names = tuple(self.names[i] for i in indices)
-        of = (self.places[indices], self.targets[indices], self.parts[indices])
-        return replace(self, places=of[0], targets=of[1], parts=of[2], names=names)
+        return replace(
+            self,
+            places=self.places[indices],
+            targets=self.targets[indices],
+            parts=self.parts[indices],
+            names=tuple(self.names[i] for i in indices),
+            stamps=tuple(self.stamps[i] for i in indices),
+        )
 
     def open(self, index: int) -> Image.Image:
         """Open an image, as RGB.
@@ -80,7 +86,8 @@ class Images:
     @property
     def digest(self) -> str:
         """SHA-256 of the list of images."""
-        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()
+        lines = [f"{name} {stamp}" for name, stamp in zip(self.names, self.stamps, strict=True)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -125,7 +132,9 @@ def read_images(data_dir: str | Path, dataset: str = "", download: bool = False)
         raise ValueError(f"data_dir={str(root)!r} has images but no class folders; accepted: a folder a class.")
     if len(class_names) < 2:
         raise ValueError(f"data_dir={str(root)!r} has one class, {class_names[0]!r}; accepted: at least two.")
-    places, targets, parts, names = [], [], [], []
+    places, targets, parts = [], [], []
+    names: list[str] = []
+    stamps: list[str] = []
     for number, (part, part_set) in enumerate(found.items()):
         if unknown := set(names_of[part]) - set(class_names):
             raise ValueError(
@@ -136,10 +145,13 @@ def read_images(data_dir: str | Path, dataset: str = "", download: bool = False)
         places += [(number, i) for i in range(len(own_targets))]
         targets += [class_names.index(names_of[part][target]) for target in own_targets]
         parts += [part] * len(own_targets)
-        names += _names(part_set, f"{dataset} {root.resolve()} {part}", len(own_targets))
-    return Images(
-        tuple(found.values()), np.array(places), np.array(targets), np.array(parts), tuple(names), class_names
-    )
+        files = [Path(path) for path, _ in getattr(getattr(part_set, "reader", None), "samples", ())]
+        names += (
+            map(str, files) if files else [f"{dataset} {root.resolve()} {part} {i}" for i in range(len(own_targets))]
+        )
+        stamps += [f"{s.st_size} {s.st_mtime_ns}" for s in (f.stat() for f in files)] or [""] * len(own_targets)
+    arrays = (np.array(places), np.array(targets), np.array(parts))
+    return Images(tuple(found.values()), *arrays, tuple(names), tuple(stamps), class_names)
 
 
 def _as_rgb(picture: Any) -> Image.Image:
@@ -198,12 +210,3 @@ def _targets(dataset: Any) -> list[int]:
     if getattr(dataset, "targets", None) is not None:
         return [int(target) for target in dataset.targets]
     return [int(dataset[i][1]) for i in range(len(dataset))]
-
-
-def _names(dataset: Any, where: str, count: int) -> list[str]:
-    samples = getattr(getattr(dataset, "reader", None), "samples", None)
-    if samples is None:
-        return [f"{where} {i}" for i in range(count)]
-    files = [Path(path) for path, _ in samples]
-    stats = [path.stat() for path in files]
-    return [f"{path} ({stat.st_size} bytes, {stat.st_mtime_ns})" for path, stat in zip(files, stats, strict=True)]
