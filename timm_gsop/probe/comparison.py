@@ -133,9 +133,9 @@ def run(
     if save is not None:
         chosen = _choose(entries, None if save == "best" else save, without=("mlp",))
         row = table.row(chosen.head, level_name(chosen.level))
-        top1 = row.each[chosen.trained.index(chosen.best)]
+        top1 = row.each[chosen.best]
         table.about["saved"] = dict(head=row.head, level=row.level, top1=top1)
-        state, options = chosen.best.state, extractor.options
+        state, options = chosen.trained[chosen.best].state, extractor.options
         choice = Choice(backbone, chosen.level, chosen.head, state, top1, checkpoint, pretrained, options)
         save_network(choice, folder, extractor.data_config, images.class_names, row, str(data_dir), len(parts[0].test))
     if output is not None:
@@ -155,7 +155,7 @@ class _Task:
     epochs: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Entry:
     """A head on a level, after the search and all splits."""
 
@@ -172,9 +172,10 @@ class _Entry:
         return float(np.mean([found.validation for found in self.trained]))
 
     @property
-    def best(self) -> Trained:
+    def best(self) -> int:
         """The split that is best by validation."""
-        return max(self.trained, key=lambda found: (found.validation, -found.validation_loss))
+        scores = [(found.validation, -found.validation_loss) for found in self.trained]
+        return scores.index(max(scores))
 
     def correct(self, targets: np.ndarray, best: int = 1) -> np.ndarray:
         """(splits, test images): whether the true class is among the ``best`` ones."""
