@@ -5,11 +5,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from timm_gsop.probe.table import Table
+from timm_gsop.viz.figure import new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["draw_differences", "write_report"]
 
@@ -22,15 +24,13 @@ def write_report(table: Table, folder: Path) -> None:
     found["rows"] = [row.as_dict() for row in table.rows]
     text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
     _write(folder / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
-    figure = draw_differences(table)
-    _write(folder / "differences.png", lambda path: figure.savefig(path, dpi=120, format="png"))
+    save_figure(draw_differences(table), folder / "differences.png", dpi=120)
 
 
-def draw_differences(table: Table) -> Figure:
+def draw_differences(table: Table) -> "Figure":
     """Difference of every head to average pooling on the deepest level, with its 95 % interval."""
     rows = [row for row in table.rows if row is not table.reference]
-    figure = Figure(figsize=(8, 1.2 + 0.28 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 1.2 + 0.28 * len(rows))
     axes = figure.subplots()
     levels = list(dict.fromkeys(row.level for row in table.rows))
     for i, row in enumerate(rows):
