@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any, TypeVar
 
 import torch
@@ -27,8 +27,14 @@ def in_processes(work: Callable[[int], Result], count: int, workers: int) -> Ite
         yield from map(work, range(count))
         return
     pool = ProcessPoolExecutor(min(workers, count), get_context("fork"), initializer=_start, initargs=(work,))
+    others = active_children()
     try:
         yield from pool.map(_call, range(count))
+    except BaseException:
+        for process in active_children():
+            if process not in others:
+                process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -37,7 +43,7 @@ def _start(work: Callable[[int], Any]) -> None:
     global _work
     _work = work
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word; the parent says what happened
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its processes
 
 
 def _call(index: int) -> Any:
