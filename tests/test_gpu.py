@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from tests.layers import CHANNELS, LAYERS
 from tests.test_modes import (
     AUTOCAST,
+    DEEP,
     FLOAT32_BOUND,
     FUNCTIONS,
     NETWORKS,
-    PLAIN,
     Functions,
     Layers,
     average_in_place_of_maximum,
@@ -99,7 +99,7 @@ def test_layers(mode, autocast, layout, training):
 
 
 def network_cases() -> list:
-    shallow = [name for name in NETWORKS if name not in PLAIN]  # the deep ones have no bounds in half precision
+    shallow = [name for name in NETWORKS if name not in DEEP]  # the deep ones have no bounds in half precision
     modes = {name: ["eager"] for name in shallow}
     modes["net2"].append("compiled")
     modes["preresnet"].append("CUDA graphs")

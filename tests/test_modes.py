@@ -3,7 +3,7 @@
 The compiler's graphs take long to make, so that functions share one, and layers another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import timm
@@ -56,11 +56,10 @@ class Functions(nn.Module):
 class Layers(nn.Module):
     """Every kind of block and head in one graph, each of features of its own: (L, B, C, H, W)."""
 
-    names = tuple(LAYERS)
-
-    def __init__(self) -> None:
+    def __init__(self, names: Iterable[str] = LAYERS) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([create() for create in LAYERS.values()])
+        self.names = tuple(names)
+        self.layers = nn.ModuleList([LAYERS[name]() for name in self.names])
 
     def forward(self, xs: torch.Tensor) -> list[torch.Tensor]:
         return [layer(x) for layer, x in zip(self.layers, xs, strict=True)]
@@ -100,27 +99,50 @@ NETWORKS = {
     "inception": ("gsop_inception_v3_net2", dict(num_classes=5, cov_dim=8, isqrt_dim=6)),
 }
 QUICK = ("net2", "preresnet")
-# Too deep, untrained, for the bounds of half precision: timm's own network, which has no layer of this package, is as
-# far from float32 (gradients 0.03 to 0.04 in float16, 0.2 to 0.3 in bfloat16). In float16 three times its error is the
-# bound. In bfloat16 that bound would allow anything, and nothing is compared.
-PLAIN = {"inception": ("inception_v3", dict(num_classes=5))}
+DEEP = ("inception",)  # untrained, it is so deep that in bfloat16 its bound would allow anything: not compared
+
+# A network of this package rounds as often as timm's own of the same family and size, but is more sensitive: batch
+# normalization after a pooling divides the differences between images by their spread, which is small among images of
+# noise. Sensitivity is seen in float32: how far do logits and gradients move with the image? The error of half
+# precision, for each unit of sensitivity, was up to 3 times timm's for logits, 2 times for gradients, over four seeds.
+ALLOWED = 4
+ROUNDING = 2.0**-8  # by which the image is moved, bfloat16's
 
 
-def network(name: str, x: torch.Tensor, training: bool) -> nn.Module:
+def plain_network(name: str) -> tuple[str, dict]:
+    """timm's own network of the same family and size."""
+    model_name, kwargs = NETWORKS[name]
+    plain_name = model_name.removeprefix("gsop_").replace("mpncov_", "").split(".")[0].rsplit("_net", 1)[0]
+    ours = ("gsop_type", "cov_dim", "spatial_size", "flavor", "isqrt_dim", "isqrt_drop")
+    return plain_name, {key: value for key, value in kwargs.items() if key not in ours}
+
+
+def network(name: str, x: torch.Tensor, training: bool, plain: bool = False) -> nn.Module:
     """A network with the statistics of a trained one: with others, activations leave float16's range."""
-    model_name, kwargs = {**NETWORKS, **{f"plain {key}": plain for key, plain in PLAIN.items()}}[name]
+    model_name, kwargs = plain_network(name) if plain else NETWORKS[name]
     model = smooth(timm.create_model(model_name, **kwargs))
     update_bn([x], model)
     return Network(model).train(training)
 
 
-def bounds_of_network(name: str, x: torch.Tensor, autocast: str, training: bool) -> tuple[float, float]:
-    if name not in PLAIN or autocast == "float32":
+def bounds_of_network(
+    name: str, model: nn.Module, x: torch.Tensor, autocast: str, training: bool
+) -> tuple[float, float]:
+    """Of logits and of gradients: what timm's own network is off, in proportion to how sensitive the two are."""
+    if AUTOCAST[autocast] is None:
         return bounds_of(autocast)
-    plain = network(f"plain {name}", x, training)
-    ys, gradients = evaluate(plain, x[None])
-    rounded, rounded_gradients = evaluate(plain, x[None], AUTOCAST[autocast])
-    return 3 * output_error(rounded[0], ys[0]), 3 * gradient_error(rounded_gradients[0], gradients[0])
+    plain = network(name, x, training, plain=True)
+    moved = x * (1 + ROUNDING * torch.randn_like(x))
+    error = distances(evaluate(plain, x[None], AUTOCAST[autocast]), evaluate(plain, x[None]))
+    ours, theirs = (distances(evaluate(m, moved[None]), evaluate(m, x[None])) for m in (model, plain))
+    output_bound, gradient_bound = (ALLOWED * e * a / b for e, a, b in zip(error, ours, theirs, strict=True))
+    return output_bound, gradient_bound
+
+
+def distances(actual: tuple[list, list], expected: tuple[list, list]) -> tuple[float, float]:
+    """Of logits and of gradients, in norm: a largest logit among few is large or small by chance."""
+    output, gradient = (gradient_error(a[0], e[0]) for a, e in zip(actual, expected, strict=True))
+    return output, gradient
 
 
 class SmoothMaximum(nn.Module):
@@ -175,7 +197,12 @@ def evaluate(
 
 
 def assert_one_answer(
-    model: nn.Module, xs: torch.Tensor, backend: str, autocast: str, bounds: tuple[float, float]
+    model: nn.Module,
+    xs: torch.Tensor,
+    backend: str,
+    autocast: str,
+    bounds: tuple[float, float],
+    error_of_output: Callable[[torch.Tensor, torch.Tensor], float] = output_error,
 ) -> None:
     """Wherever the backward pass is called, and whatever compiles, the answer is plain float32's."""
     expected = evaluate(model, xs)
@@ -185,7 +212,7 @@ def assert_one_answer(
         ys, gradients = evaluate(run, xs, AUTOCAST[autocast], inside)
         for i, name in enumerate(model.names):
             place = f"{name}, backward {'inside' if inside else 'outside'}"
-            assert output_error(ys[i], expected[0][i]) <= bounds[0], place
+            assert error_of_output(ys[i], expected[0][i]) <= bounds[0], place
             assert gradient_error(gradients[i], expected[1][i]) <= bounds[1], place
 
 
@@ -223,9 +250,10 @@ def network_cases() -> list:
     for name in NETWORKS:
         for backend in BACKENDS:
             for autocast in AUTOCAST:
-                if name in PLAIN and autocast == "bfloat16":
+                if name in DEEP and autocast == "bfloat16":
                     continue
                 quick = backend != "inductor" and name in QUICK and (backend, autocast) != ("aot_eager", "float16")
+                quick = quick and (name, autocast) != ("preresnet", "float16")  # which takes long on a CPU
                 cases.append(pytest.param(name, backend, autocast, marks=[] if quick else pytest.mark.slow))
     return cases
 
@@ -238,7 +266,8 @@ def test_networks(name, backend, autocast, training, monkeypatch):
     x = torch.randn(8, 3, size, size)
     model = network(name, x, training)
     assert model(x[None])[0].std(dim=0).min() > 1e-3, "the logits do not depend on the image"
-    assert_one_answer(model, x[None], backend, autocast, bounds_of_network(name, x, autocast, training))
+    bounds = bounds_of_network(name, model, x, autocast, training)
+    assert_one_answer(model, x[None], backend, autocast, bounds, gradient_error)  # in norm, as the bounds
 
 
 def test_second_derivatives_and_samples_of_the_exact_root():

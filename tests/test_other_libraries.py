@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.test_modes import NARROW, NETWORKS
 from tests.versions import skip_before_torch_2_6
+from timm_gsop.layers import PositionGsop
 
 today = skip_before_torch_2_6(reason="today's PEFT and torchao need PyTorch 2.6")
 VARIANTS = ["net1", "net2", "position", "concat", "official", "preresnet"]
@@ -72,6 +73,30 @@ def test_weight_only_int8(name):
         quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
         assert type(model.fc.weight.data) is not torch.Tensor
         torch.testing.assert_close(model(x), expected, rtol=5e-2, atol=5e-2 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["net1", "net2", "position", "concat", "resnext", "preresnet", "densenet"])
+def test_structured_pruning(name):
+    """With the layers that docs/export.md lists as kept: what is left runs, trains and is smaller."""
+    pruning = pytest.importorskip("torch_pruning")
+    model, x = create(name).eval(), images()
+    by_position = name in ("position", "concat")
+    kept = {key: m for key, m in model.named_modules() if key.endswith(("reduction", "row_conv"))}
+    kept.update({key: m for key, m in model.named_modules() if isinstance(m, PositionGsop)})
+    rows = [len(p) for m in kept.values() for p in m.parameters()]
+    size = sum(p.numel() for p in model.parameters())
+    pruner = pruning.pruner.MagnitudePruner(
+        model,
+        x,
+        importance=pruning.importance.MagnitudeImportance(),
+        pruning_ratio=0.5,
+        ignored_layers=[*kept.values(), model.get_classifier()],
+    )
+    pruner.step()
+    assert [len(p) for m in kept.values() for p in m.parameters()] == rows
+    assert sum(p.numel() for p in model.parameters()) < (0.7 if by_position or name == "densenet" else 0.4) * size
+    nn.functional.cross_entropy(model.train()(x), torch.arange(4)).backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
 
 
 def test_pruning_by_pytorch():

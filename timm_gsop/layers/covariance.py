@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from timm_gsop.checks import check_ndim, check_square
+from timm_gsop.layers.exporting import is_exporting
 from timm_gsop.layers.gradients import evaluate, function_of_input
 
 __all__ = ["covariance_pool", "position_covariance", "tril_vectorize", "triu_vectorize"]
@@ -111,7 +112,7 @@ def triu_vectorize(mat: torch.Tensor) -> torch.Tensor:
     """
     if not torch.jit.is_scripting():
         check_square("mat", mat)
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing() or is_exporting(mat.shape[2]):
             return _take_constant(mat, np.triu_indices)
     # Made at each call and not kept as a buffer: a non-persistent one is garbage after meta-device loading.
     return _take(mat, torch.triu_indices(mat.shape[2], mat.shape[2], device=mat.device))
@@ -131,7 +132,7 @@ def tril_vectorize(mat: torch.Tensor) -> torch.Tensor:
     """
     if not torch.jit.is_scripting():
         check_square("mat", mat)
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing() or is_exporting(mat.shape[2]):
             return _take_constant(mat, np.tril_indices)
     return _take(mat, torch.tril_indices(mat.shape[2], mat.shape[2], device=mat.device))
 
@@ -141,10 +142,16 @@ def _take(mat: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 def _take_constant(mat: torch.Tensor, triangle: Callable[[int], tuple[Any, Any]]) -> torch.Tensor:
-    """As :func:`_take`, with indices that a trace holds as constants: converters lack an operation that makes them."""
+    """As :func:`_take`, with indices that a graph holds as constants: converters lack an operation that makes them."""
+    if not torch.jit.is_tracing():
+        return mat.flatten(1).index_select(1, _indices(mat.shape[2], triangle, mat.device))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # the size is that of the weights: it is constant
-        size = int(mat.shape[2])
-        rows, columns = triangle(size)
-        indices = torch.as_tensor(rows * size + columns, device=mat.device)
+        indices = _indices(int(mat.shape[2]), triangle, mat.device)
     return mat.flatten(1).index_select(1, indices)
+
+
+@torch.compiler.assume_constant_result
+def _indices(size: int, triangle: Callable[[int], tuple[Any, Any]], device: torch.device) -> torch.Tensor:
+    rows, columns = triangle(size)
+    return torch.as_tensor(rows * size + columns, device=device)

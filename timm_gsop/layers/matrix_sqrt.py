@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from timm_gsop.checks import check_positive, check_positive_int, check_square
+from timm_gsop.layers.exporting import is_exporting
 from timm_gsop.layers.gradients import evaluate, without_autocast
 from timm_gsop.layers.precision import at_least_float32
 
@@ -289,7 +290,7 @@ def _less_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Te
 
 def _trace(mat: torch.Tensor) -> torch.Tensor:
     if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
-        if torch.jit.is_tracing():  # converters of traces lack aten::diagonal
+        if torch.jit.is_tracing() or is_exporting():  # converters lack aten::diagonal
             return (mat * _eye(mat)).sum(dim=(1, 2), keepdim=True)
     return mat.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
 

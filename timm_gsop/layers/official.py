@@ -134,8 +134,9 @@ def official_position_covariance(x: torch.Tensor) -> torch.Tensor:
 def _position_covariance(x: torch.Tensor) -> torch.Tensor:
     x = at_least_float32(x)
     positions = x.shape[2]
-    mean = x.sum(dim=1, keepdim=True) / positions
-    return torch.bmm(x.transpose(1, 2), x) / positions - mean * mean.transpose(1, 2)
+    total = x.sum(dim=1, keepdim=True)
+    # Divided after the product: OpenVINO takes a sum that is divided for a mean, by whatever it is divided.
+    return torch.bmm(x.transpose(1, 2), x) / positions - total * total.transpose(1, 2) / (positions * positions)
 
 
 def _position_covariance_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
