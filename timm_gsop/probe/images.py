@@ -34,7 +34,7 @@ class Images:
         targets: (N,): index of the class.
         parts: (N,): ``"train"``, ``"validation"`` or ``"test"``; ``""`` in a data set without parts.
         names: What to call each image in messages.
-        stamps: Size and time of each image's file, by which a change is noticed; ``""`` where there is no file.
+        stamps: By which a change is noticed: size and time of each image's file, or the data set's fingerprint.
         class_names: Names of the classes.
     """
 
@@ -145,11 +145,13 @@ def read_images(data_dir: str | Path, dataset: str = "", download: bool = False)
         places += [(number, i) for i in range(len(own_targets))]
         targets += [class_names.index(names_of[part][target]) for target in own_targets]
         parts += [part] * len(own_targets)
-        files = [Path(path) for path, _ in getattr(getattr(part_set, "reader", None), "samples", ())]
+        reader: Any = getattr(part_set, "reader", None)
+        files = [Path(path) for path, _ in getattr(reader, "samples", ())]
+        whole = str(getattr(getattr(reader, "dataset", None), "_fingerprint", ""))  # Hugging Face's, of its content
         names += (
             map(str, files) if files else [f"{dataset} {root.resolve()} {part} {i}" for i in range(len(own_targets))]
         )
-        stamps += [f"{s.st_size} {s.st_mtime_ns}" for s in (f.stat() for f in files)] or [""] * len(own_targets)
+        stamps += [f"{s.st_size} {s.st_mtime_ns}" for s in (f.stat() for f in files)] or [whole] * len(own_targets)
     arrays = (np.array(places), np.array(targets), np.array(parts))
     return Images(tuple(found.values()), *arrays, tuple(names), tuple(stamps), class_names)
 
