@@ -48,4 +48,4 @@ def paired_difference(correct: ArrayLike, reference: ArrayLike, seed: int = 0) -
     of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
     drawn = np.einsum("bs,sk,bk->b", of_seeds, kinds, of_images, optimize=True)
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return Difference(100 * difference.mean(), 100 * low, 100 * high)
+    return Difference(100 * float(difference.mean()), 100 * float(low), 100 * float(high))
