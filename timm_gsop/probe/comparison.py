@@ -112,9 +112,10 @@ def run(
     images = take_some(read_images(data_dir, dataset, dataset_download), train_images, test_images, seed)
     parts = draw_splits(images, splits, seed)
     device = device or default_device()
+    cores = free_cores()  # before this run is itself what the cores are busy with
     extractor = Extractor(backbone, levels, checkpoint, pretrained, img_size, device, dict(isqrt_dim=isqrt_dim))
     heads = _without_token(heads, extractor, save)
-    with threads(free_cores()):
+    with threads(cores):
         maps = cached_maps(
             images,
             extractor,
@@ -128,7 +129,8 @@ def run(
     _report_unreadable(images, unreadable, skip_unreadable)
     parts = keep_readable(images, parts, unreadable)
     task = _Task(images.targets, len(images.class_names), parts, seed, extractor.device, epochs)
-    entries = _compare(extractor, maps, heads, task, progress)
+    workers = cores if extractor.device.type == "cpu" else 1
+    entries = _compare(extractor, maps, heads, task, workers, progress)
     table = _table(entries, extractor, images, parts)
     if save is not None:
         chosen = _choose(entries, None if save == "best" else save, without=("mlp",))
@@ -185,12 +187,12 @@ class _Entry:
 
 
 def _compare(
-    extractor: Extractor, maps: Sequence[np.ndarray], heads: Sequence[str], task: _Task, progress: bool
+    extractor: Extractor, maps: Sequence[np.ndarray], heads: Sequence[str], task: _Task, workers: int, progress: bool
 ) -> list[_Entry]:
     """Search, and train on every split, each of the heads on the maps of each level.
 
-    On a CPU as many heads at a time as cores are free: the matrices are small, so that more threads for one head gain
-    little, and lose much on a busy machine.
+    Several heads at a time, of one thread each: the matrices are small, so that more threads for one head gain little,
+    and lose much on a busy machine.
     """
     levels = list(zip(extractor.levels, maps, strict=True))
     jobs = [(level, level_maps, head) for level, level_maps in levels for head in heads]
@@ -200,7 +202,6 @@ def _compare(
         level, level_maps, head = jobs[-1 - index]  # the last heads take longest, and so come first
         return _compare_one(extractor.networks[level], level, level_maps, head, hidden[level], task)
 
-    workers = free_cores() if task.device.type == "cpu" else 1
     with threads(1):
         found = in_processes(work, len(jobs), workers)
         entries = list(tqdm(found, desc="heads", total=len(jobs), unit="head", disable=not progress))
