@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nwrote {given['output']}/results.csv, results.json and differences.png")
     if given["save"]:
         saved = table.about["saved"]
-        print(f"wrote {given['output']}/model: {saved['head']} on level {saved['level']}, {saved['top1']:.2f} % here")
+        print(
+            f"wrote {given['output']}/model: {saved['head']} on level {saved['level']}, {saved['top1']:.2f} % on test images"
+        )
     if fine_tune:
         folder = Path(given["output"]) / "model"
         size, classes = table.best.img_size, len(table.about["images"])

@@ -309,7 +309,7 @@ def _conclude(best: Row, reference: Row) -> str:
     what = f"By validation {best.head} on level {best.level} is best, with {best.top1:.2f} % on the test images"
     base = f"{reference.head} on level {reference.level}"
     if best is reference:
-        return f"{what}: average pooling, and no other head of these helps."
+        return f"{what}: that is average pooling, and no other head is better by validation."
     difference = Difference(best.difference, best.low, best.high)
     interval = f"{difference.low:+.2f} to {difference.high:+.2f}"
     if difference.is_none:
