@@ -3,6 +3,7 @@
 # make test-lowest, test-latest   the same on the lowest versions that we support, and on the newest that there are
 # make dist         wheel and source archive in dist/, twice to see that they are the same, and the wheel tried alone
 # make demo         the demo page of hub/space on this machine alone; make test-browser tries it in Chromium
+# make first-contact   download, convert and measure the released weights; needs a connection (docs/weights.md)
 # make fix          let ruff format and mend what it can
 # make docs         the documentation site in build/docs, warnings are errors; make docs-serve shows it on 127.0.0.1:8000
 # make figures      draw the figures of README and docs again, and their tables of what was measured
@@ -28,6 +29,10 @@ test-browser: $(VENV)/browser.done
 
 demo: $(VENV)/space.done
 	$(RUN) hub/space/app.py
+
+# IMAGENET=DIR measures them too, by validate.py in TIMM_SCRIPTS=DIR.
+first-contact: $(VENV)/demo.done
+	$(RUN) hub/first_contact.py .cache/first_contact $(if $(IMAGENET),--imagenet $(IMAGENET))
 
 test-lowest: $(VENV)-lowest/test.done
 	$(VENV)-lowest/bin/python -m tests.timm_source
@@ -99,5 +104,5 @@ $(VENV)/%.done: pyproject.toml
 clean:
 	rm -rf $(VENV) $(VENV)-lowest $(VENV)-latest .cache build dist output
 
-.PHONY: quickstart test test-full test-browser test-lowest test-latest dist demo lint fix docs docs-serve figures clean \
+.PHONY: quickstart test test-full test-browser test-lowest test-latest dist demo first-contact lint fix docs docs-serve figures clean \
 	release-notes github-release

@@ -19,14 +19,20 @@ def main() -> None:
     parser.add_argument("--revision", help="branch to commit to")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request")
     parser.add_argument("--license", help="identifier of the weights' licence, where the folder does not state it")
+    parser.add_argument(
+        "--i-have-permission",
+        metavar="TEXT",
+        help="of weights whose authors state no licence: who has permitted it, and where; for the card",
+    )
     args = parser.parse_args()
     try:
         if args.dry_run:
             upload = args.dir.with_name(f"{args.dir.name}-upload")
-            stage(args.dir, args.repo, upload, FIGURE, args.license, replace=True)
+            stage(args.dir, args.repo, upload, FIGURE, args.license, replace=True, permission=args.i_have_permission)
             print(f"wrote {upload}: what would be uploaded to {args.repo}")
         else:
             options = dict(private=args.private, revision=args.revision, create_pr=args.create_pr)
+            options["permission"] = args.i_have_permission
             published = publish(args.dir, args.repo, FIGURE, args.license, **options)
             print(f"published: {published.url}")
             if args.repo.partition("/")[0] == HUB_ORGANISATION and published.sums_line:

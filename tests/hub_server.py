@@ -21,7 +21,8 @@ class HubServer(ThreadingHTTPServer):
         requests: What was asked, ``"METHOD /path"``.
         faults: ``(pattern of "METHOD /path", what to do, how often)``: answer an HTTP status, ``"cut"`` the connection
             half-way, or ``"corrupt"`` what is sent.
-        files: Other addresses, such as an origin's, and their content.
+        files: Other addresses, such as an origin's, with their query if that matters, and their content; a web page
+            where this is text.
         gated: Repositories whose conditions nobody has accepted.
     """
 
@@ -34,7 +35,7 @@ class HubServer(ThreadingHTTPServer):
         self.private: dict[str, bool] = {}
         self.requests: list[str] = []
         self.faults: list[tuple[str, int | str, int]] = []
-        self.files: dict[str, bytes] = {}
+        self.files: dict[str, bytes | str] = {}
         self.gated: set[str] = set()
 
     @property
@@ -117,8 +118,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.action == "cut" and self.command != "GET":
             self.close_connection = True
             return self.connection.close()
-        if path in self.server.files:
-            return self.reply(200, self.server.files[path])
+        for address in (self.path, path):
+            if address in self.server.files:
+                content = self.server.files[address]
+                kind = "text/html; charset=utf-8" if isinstance(content, str) else "application/octet-stream"
+                return self.reply(200, content.encode() if isinstance(content, str) else content, Content_Type=kind)
         for pattern, handle in ROUTES:
             if found := re.fullmatch(pattern, request):
                 if self.command in ("POST", "PUT") and "/lfs/" not in path and not self.authorized():

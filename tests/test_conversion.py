@@ -499,7 +499,7 @@ def bad_checkpoint(kind: str, path: Path) -> str:
         ("surplus", r"surplus: layer2.0.extra.weight\."),
         ("shape", r"of another shape: layer2.0.bn1.weight \(3,\), not \(32,\)"),
         ("no blocks", "has no GSoP blocks"),
-        ("depth", r"has \(3, 4, 5, 3\) residual blocks .* accepted: \(3, 4, 6, 3\)"),
+        ("depth", r"has \(3, 4, 5, 3\) residual blocks .* \(3, 4, 6, 3\) of ResNet-50"),
         ("no classifier", "has no fc.weight"),
     ],
 )
@@ -519,7 +519,9 @@ def test_avg_and_max_do_not_show(given):
 
 
 def test_bad_arguments_are_named(tmp_path):
-    with pytest.raises(ValueError, match="source='keras' is not accepted; accepted: 'gsop', 'fast-mpn-cov', 'timm'"):
+    with pytest.raises(
+        ValueError, match="source='keras' is not accepted; accepted: 'gsop', 'fast-mpn-cov', 'gcp', 'dropcov'"
+    ):
         convert("keras", "x.pth", tmp_path / "out")
     with pytest.raises(ValueError, match="model_name=None with source='timm'"):
         convert("timm", "resnet50.a1_in1k", tmp_path / "out")

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from tests.oracles import eigh_function, truncated_sqrt
-from timm_gsop import IsqrtCovPool2d, MpnCovPool2d
+from timm_gsop import IsqrtCovPool2d, MpnCovPool2d, covariance_pool, newton_schulz_sqrt
+from timm_gsop.layers import create_second_order_pool
 
 POOLS = [IsqrtCovPool2d, MpnCovPool2d]
 
@@ -54,3 +55,15 @@ def test_constant_and_single_pixel_maps_are_zero(pool_class):
 def test_bad_argument_is_named(pool_class, argument):
     with pytest.raises(ValueError, match=f"{argument}=0 .* integer >= 1"):
         pool_class(**{"in_features": 4, argument: 0})
+
+
+@pytest.mark.parametrize("flavor", ["paper", "official"])
+def test_relu6_before_the_covariance(flavor):
+    pool = create_second_order_pool("isqrt", 6, isqrt_dim=4, flavor=flavor, pool_kwargs=dict(act_layer="relu6")).eval()
+    x = 20 * torch.randn(3, 6, 5, 7)
+    reduced = pool.reduction.bn(pool.reduction.conv(x)).clamp(0, 6)
+    root = newton_schulz_sqrt(covariance_pool(reduced), pool.num_iters)
+    torch.testing.assert_close(pool(x), pool.vectorize(root))
+    assert (reduced == 6).any()
+    with pytest.raises(ValueError, match="act_layer='gelu' is not accepted; accepted: 'relu', 'relu6'"):
+        IsqrtCovPool2d(6, 4, act_layer="gelu")

@@ -8,11 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
 
 import timm_gsop
 from tests.fresh_process import run_fresh
 from tests.versions import BEFORE_TORCH_2_6
+from timm_gsop.pretrained.sources import SOURCES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -169,6 +171,24 @@ def test_times_beside_resnet50_are_those_measured():
         assert [cell.strip() for cell in row.split("|")[4:6]] == times
         row = next(line for line in performance.splitlines() if line.startswith(f"| {label.removeprefix('the ')} |"))
         assert [cell.strip() for cell in row.split("|")[2:5:2]] == times
+
+
+def test_released_weights_are_those_that_the_package_knows():
+    """What is downloaded by default has a licence; nothing is said to have been loaded."""
+    page = (ROOT / "docs/weights.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if "drive.google" in line]
+    assert len(rows) == len({row[4] for row in rows}) == 29
+    assert {row[7] for row in rows} == {"no"}
+    assert {row[3] for row in rows} == {"MIT", "Apache-2.0", "none stated"}
+    by_page = {re.findall(r"\[Drive\]\((\S+)\)", row[4])[0]: row for row in rows}
+    for source in SOURCES:
+        row = by_page[source.page]
+        assert row[1] == (source.error or "not stated")
+        assert row[3].lower() == source.license
+        assert source.repository in row[2]
+        assert source.url is None or source.url in row[4]
+        cfg = timm.get_pretrained_cfg(source.model)
+        assert source.url is None or (cfg.url == source.url and f" {source.error} %" in " ".join(cfg.notes))
 
 
 def test_the_reference_has_every_public_name():

@@ -202,8 +202,109 @@ def test_a_damaged_origin_is_refused(hub, env):
     overlay = dict(pretrained_cfg_overlay=dict(url=f"{hub.url}/models/mpncovresnet50-15991845.pth"))
     done = create(env, "gsop_resnet50_net2", **SMALL, **overlay)
     assert done.returncode != 0
-    assert "invalid hash value" in done.stderr.strip().splitlines()[-1]
+    assert "it sent another file, or a damaged one: its SHA-256 is" in done.stderr.strip().splitlines()[-1]
     assert not list(Path(env["TORCH_HOME"]).rglob("*.pth"))
+
+
+QUOTA = "<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head></html>"
+VIRUS_SCAN = "<!DOCTYPE html><html><body>Google Drive can't scan this file for viruses.</body></html>"
+
+
+def places(hub: HubServer, original: torch.nn.Module, tmp_path: Path) -> tuple[str, str, bytes, str]:
+    """Addresses of the Drive copy and of the http server, the file, and a program's start that knows both."""
+    torch.save(in_their_names(original), tmp_path / "origin.pth")
+    content = (tmp_path / "origin.pth").read_bytes()
+    file = f"mpncovresnet50-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    drive, server = "/download?id=ID&export=download&confirm=t", f"/models/{file}"
+    program = f"""
+from timm_gsop.pretrained import sources
+class Source(sources.Source):
+    addresses = ({hub.url + drive!r}, {hub.url + server!r})
+row = sources.SOURCES[0]._replace(file={file!r}, url={hub.url + server!r})
+sources.SOURCES = (Source(*row), *sources.SOURCES[1:])
+"""
+    return drive, server, content, program
+
+
+@pytest.mark.parametrize("drive", ["file", QUOTA, VIRUS_SCAN, "cut", "corrupt", 503])
+def test_a_released_file_is_asked_for_in_more_than_one_place(drive, hub, env, tmp_path):
+    """Https first; whatever does not match the digest is refused, and the next place is tried."""
+    original = isqrt_resnet()
+    first, second, content, program = places(hub, original, tmp_path)
+    hub.files = {first: QUOTA if drive == QUOTA else VIRUS_SCAN if drive == VIRUS_SCAN else content, second: content}
+    hub.faults = [("GET /download", drive, 1)] if drive in ("cut", "corrupt", 503) else []
+    given = dict(SMALL, pretrained_cfg_overlay=dict(url=hub.url + second, num_classes=7))
+    done = create(env, "isqrt_resnet50", program + LOGITS, **{k: v for k, v in given.items() if k != "cov_dim"})
+    assert_logits(done, logits_of(original))
+    assert hub.requests == ["GET /download", *([] if drive == "file" else [f"GET {second}"])]
+    assert [path.name for path in (Path(env["TORCH_HOME"]) / "hub/checkpoints").iterdir()] == [Path(second).name]
+
+
+def test_what_to_do_by_hand_when_no_place_gives_the_file(hub, env, tmp_path):
+    original = isqrt_resnet()
+    first, second, _, program = places(hub, original, tmp_path)
+    hub.files = {first: QUOTA, second: b"something else"}
+    given = dict(SMALL, pretrained_cfg_overlay=dict(url=hub.url + second, num_classes=7))
+    done = create(env, "gsop_resnet50_net2", program + LOGITS, **given)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    for part in (
+        f"of gsop_resnet50_net2.isqrt_in1k are not cached and cannot be had from {hub.url}{first}, {hub.url}{second}",
+        "fetch the file in a browser (https://drive.google.com/file/d/19TWen7p9UDyM0Ueu9Gb22NtouR109C6j/view)",
+        "pretrained_cfg_overlay=dict(file='PATH') from Python, --pretrained --pretrained-path PATH for train.py",
+        "python hub/convert.py --from fast-mpn-cov PATH FOLDER",
+        "it answered with a web page instead of the file: the quota of downloads is used up",
+        f"it sent another file, or a damaged one: its SHA-256 is {hashlib.sha256(b'something else').hexdigest()}",
+    ):
+        assert part in last
+    assert not [path for path in Path(env["TORCH_HOME"]).rglob("*") if path.is_file()]
+    hub.requests.clear()
+    done = create({**env, "HF_HUB_OFFLINE": "1"}, "gsop_resnet50_net2", program + LOGITS, **given)
+    assert "HF_HUB_OFFLINE is set" in done.stderr.strip().splitlines()[-1]
+    assert hub.requests == []
+
+
+def test_the_whole_digest_is_recorded_and_then_demanded(hub, env, tmp_path):
+    """hub/digest.py FILE, after somebody's first download: another file with the same eight digits is refused."""
+    original = isqrt_resnet()
+    _, second, content, _ = places(hub, original, tmp_path)
+    file = tmp_path / Path(second).name
+    file.write_bytes(content)
+    package = tmp_path / "release"
+    shutil.copytree(ROOT / "timm_gsop", package / "timm_gsop")
+    released = {**env, "PYTHONPATH": str(package)}
+    done = run_fresh("hub/digest.py", file, env=released, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    sums = package / "timm_gsop/pretrained/SHA256SUMS"
+    line = f"{hashlib.sha256(content).hexdigest()}  origin/{file.name}"
+    assert line in sums.read_text().splitlines()
+    hub.files[second] = content
+    given = {"isqrt_dim": 6, **NARROW, "num_classes": 7}
+    given["pretrained_cfg_overlay"] = dict(url=hub.url + second, num_classes=7)
+    assert_logits(create(released, "isqrt_resnet50", **given), logits_of(original))
+    sums.write_text(
+        sums.read_text().replace(line, line[:8] + line[8:64][::-1] + line[64:])
+    )  # as a forger's file has it
+    shutil.rmtree(env["TORCH_HOME"])
+    done = create(released, "isqrt_resnet50", **given)
+    assert done.returncode != 0
+    assert "it sent another file" in done.stderr.strip().splitlines()[-1]
+    file.write_bytes(b"another")
+    done = run_fresh("hub/digest.py", file, env=released, cwd=ROOT)
+    assert done.returncode == 1
+    assert re.match("error: .* is damaged or another file: its SHA-256 is", done.stderr)
+
+
+def test_a_backbone_without_network_says_what_to_do(env):
+    for program in (
+        ["-c", "import timm; timm.create_model('second_order', backbone='resnet18', pretrained=True)"],
+        ["hub/convert.py", "--from", "timm", "resnet18.a1_in1k", "/tmp/nowhere", "--model", "gsop_resnet18_net1"],
+    ):
+        done = run_fresh(*program, env={**env, "HF_HUB_OFFLINE": "1"}, cwd=ROOT)
+        assert done.returncode != 0
+        last = done.stderr.strip().splitlines()[-1]
+        assert "of resnet18.a1_in1k are not cached and cannot be had from the Hub as timm/resnet18.a1_in1k" in last
+        assert "--pretrained --pretrained-path PATH for train.py. With HF_HUB_OFFLINE=1 nothing is tried" in last
 
 
 def test_a_damaged_download_is_refused_and_a_cut_one_goes_on(hub, env, tmp_path):

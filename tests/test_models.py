@@ -46,7 +46,8 @@ def image(name: str, batch: int = 2, height: int = 64, width: int = 64) -> torch
 
 def test_every_promised_model_is_registered():
     promised = {f"gsop_resnet{depth}_net{net}" for depth in (18, 26, 34, 50, 101, 152) for net in (1, 2)}
-    promised |= {"isqrt_resnet26", "isqrt_resnet50", "isqrt_resnet101", "mpncov_resnet50", "isqrt_preresnet164"}
+    promised |= {f"isqrt_resnet{depth}" for depth in (18, 26, 34, 50, 101)}
+    promised |= {"mpncov_resnet50", "isqrt_preresnet164"}
     promised |= {f"preresnet{depth}" for depth in (20, 56, 164)}
     promised |= {f"gsop_preresnet{depth}_net{net}" for depth in (20, 56, 164) for net in (1, 2)}
     zoo = ("resnext50_32x4d", "densenet121", "inception_v3")

@@ -248,7 +248,9 @@ TIMMS = {
     "gsop_densenet121_net2": "densenet121.ra_in1k",
     "gsop_inception_v3_net1": "inception_v3.tv_in1k",
     "gsop_inception_v3_net2": "inception_v3.tv_in1k",
+    "isqrt_resnet18": "resnet18.a1_in1k",
     "isqrt_resnet26": "resnet26.bt_in1k",
+    "isqrt_resnet34": "resnet34.a1_in1k",
     "mpncov_resnet50": "resnet50.a1_in1k",
 }
 
@@ -271,7 +273,7 @@ def test_configurations_of_timms_weights(name, origin_name):
 
 def test_every_imagenet_network_has_weights():
     ours = timm.list_models(module="gsop_resnet") + timm.list_models(module="gsop_zoo")
-    assert len(ours) >= 18
+    assert len(ours) >= 20
     for name in ours:
         assert timm.get_pretrained_cfg(name).has_weights
 

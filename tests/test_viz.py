@@ -194,17 +194,19 @@ def test_command_line_with_other_images(photo, tmp_path, capsys):
         (["resnet18", "{image}", "{out}"], "model=ResNet has neither GSoP blocks nor covariance pooling"),
         (["gsop_preresnet20_net1", "{text}", "{out}"], "is not an image that Pillow can read"),
         (["gsop_preresnet20_net1", "no-such-image.png", "{out}"], "no-such-image.png"),
-        (["gsop_preresnet20_net1", "{image}", "no-such-folder/out.png"], "no-such-folder"),
+        (["gsop_preresnet20_net1", "{image}", "no-such-folder/out.png"], "'no-such-folder/out.png' is in no folder"),
         (["gsop_preresnet20_net1", "{image}", "{out}.nonsense"], "nonsense"),
         (["gsop_preresnet20_net1", "{image}", "{out}", "--img-size", "0"], "--img-size=0 is not accepted"),
         (["gsop_preresnet20_net1", "{image}", "{out}", "--model-kwargs", "cov_dims=3"], "argument 'cov_dims'"),
         (["gsop_preresnet20_net1", "{image}", "{out}", "--model-kwargs", "cov_dim"], "it must be KEY=VALUE"),
         (["gsop_preresnet20_net1", "{image}", "{out}", "--checkpoint", "no-such.pth"], "'no-such.pth' is no file"),
-        (["gsop_preresnet20_net1", "{image}", "{out}", "--checkpoint", "{weights}"], "cannot be created: Error"),
+        (["gsop_preresnet20_net1", "{image}", "{out}", "--checkpoint", "{weights}"], "Missing key(s) in state_dict"),
+        (["preresnet20", "{image}", "{out}", "--checkpoint", "{classes}"], "has 7 classes and the model 100; accepted"),
     ],
 )
 def test_command_line_errors_are_one_line(arguments, message, tmp_path, capsys):
-    paths = {name: tmp_path / f"{name}.png" for name in ("image", "text", "out", "weights")}
+    paths = {name: tmp_path / f"{name}.png" for name in ("image", "text", "out", "weights", "classes")}
+    torch.save(timm.create_model("preresnet20", num_classes=7).state_dict(), paths["classes"])
     torch.save({"other": torch.zeros(1)}, paths["weights"])
     Image.new("RGB", (32, 32)).save(paths["image"])
     paths["text"].write_text("not an image")

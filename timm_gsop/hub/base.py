@@ -1,5 +1,6 @@
 """What a conversion starts from: a checkpoint of train.py's, a folder of timm's saver, or a pretrained name."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +16,16 @@ from timm.models.resnet import ResNet
 
 from timm_gsop.hub.hub_folder import is_ours
 from timm_gsop.hub.labels import labels_of_training
+from timm_gsop.pretrained.backbone import backbone_loading
 from timm_gsop.pretrained.checkpoint import Weights, read_checkpoint
 
 __all__ = ["Base", "find_base"]
 
 PREPROCESSING = ("input_size", "img_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 """train.py's arguments that say what a network was trained on."""
+
+OF_THE_FUNCTION = ("channels", "global_pool", "isqrt_dim", "isqrt_iters", "last_stride", "output_stride", "pool_kwargs")
+"""Arguments that a network with more blocks takes over from one of ours."""
 
 _logger = logging.getLogger(__name__)
 
@@ -41,6 +46,8 @@ class Base(NamedTuple):
         origin_url: Where they come from.
         provenance: What is said of a network with these weights, where it is known as a whole.
         same_arguments: Whether the arguments are those of every network for these weights.
+        assumed: Arguments that no name or shape of theirs shows, with the values of the code that made them.
+        notes: What else is known of them, as in a configuration.
     """
 
     name: str
@@ -55,6 +62,8 @@ class Base(NamedTuple):
     origin_url: str | None = None
     provenance: PretrainedCfg | None = None
     same_arguments: bool = False
+    assumed: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def is_ours(self) -> bool:
@@ -66,7 +75,9 @@ class Base(NamedTuple):
         if self.same_arguments:
             return dict(self.model_kwargs or {})
         cfg = get_pretrained_cfg(model_name)
-        kwargs = dict(self.model_kwargs or {}) if self.architecture == model_name else {}
+        own = self.model_kwargs or {}
+        is_same = self.architecture == model_name
+        kwargs = {key: value for key, value in own.items() if is_same or (self.is_ours and key in OF_THE_FUNCTION)}
         for key, name, dim in (("num_classes", cfg.classifier, 0), ("in_chans", cfg.first_conv, 1)):
             if (weight := self.weights.get(f"{name}.weight")) is not None:
                 kwargs[key] = weight.shape[dim]
@@ -115,6 +126,7 @@ class Base(NamedTuple):
             description=f"Built upon {self.description}{blocks}.",
             license=self.license,
             origin_url=self.origin_url,
+            notes=self.notes or None,
         )
 
 
@@ -138,7 +150,7 @@ def find_base(checkpoint: str) -> Base:
 
 def _from_name(name: str) -> Base:
     cfg = get_pretrained_cfg(name)
-    model = timm.create_model(name, pretrained=True)
+    model = timm.create_model(name, **({"pretrained": True} if is_ours(name) else backbone_loading(name, {})))
     if not isinstance(model, ResNet | DenseNet | InceptionV3):
         raise ValueError(
             f"checkpoint={name!r} is no ResNet, DenseNet or Inception-v3; accepted: those of timm and timm-gsop."
@@ -167,6 +179,8 @@ def _from_folder(folder: Path) -> Base:
         ) from error
     cfg = model.pretrained_cfg
     labels = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
+    provenance = json.loads((folder / "config.json").read_text()).get("provenance") or {}
+    text = str(provenance.get("description") or "").removeprefix("Built upon ").removesuffix(".")
     return Base(
         str(folder),
         model.state_dict(),
@@ -175,7 +189,10 @@ def _from_folder(folder: Path) -> Base:
         reduction=_reduction(model),
         data_config=_of_config(cfg),
         labels=labels or None,
-        description=f"a {cfg['architecture']} of one's own, {folder.name}",
+        description=text or f"a {cfg['architecture']} of one's own, {folder.name}",
+        license=provenance.get("license"),
+        origin_url=provenance.get("origin_url"),
+        notes=tuple(provenance.get("notes") or ()),
     )
 
 

@@ -2,10 +2,11 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from timm.models.densenet import DenseNet
 from timm.models.inception_v3 import InceptionV3
@@ -14,28 +15,52 @@ from torch import nn
 
 from timm_gsop.checks import check_choice
 from timm_gsop.hub.base import Base, find_base
-from timm_gsop.hub.hub_folder import check_new_folder, is_ours, save_hub_folder
+from timm_gsop.hub.hub_folder import NO_LICENSE, check_new_folder, is_ours, save_hub_folder
 from timm_gsop.hub.labels import read_labels
 from timm_gsop.models import GsopResNet
 from timm_gsop.models.gsop_resnet import checkpoint_filter_fn, default_cfgs
 from timm_gsop.models.gsop_zoo import filter_without_aux
 from timm_gsop.pretrained.checkpoint import Weights, load_exactly, read_checkpoint
 from timm_gsop.pretrained.locate import is_origin
-from timm_gsop.pretrained.released import from_fast_mpn_cov, from_gsop
+from timm_gsop.pretrained.released import from_covariance_pooling, from_gsop, has_released_names, plain_names
 
 __all__ = ["SOURCES", "convert"]
 
-SOURCES = ("gsop", "fast-mpn-cov", "timm")
-REPOSITORIES = {
-    "gsop": "https://github.com/ZilinGao/Global-Second-order-Pooling-Convolutional-Networks",
-    "fast-mpn-cov": "https://github.com/jiangtaoxie/fast-MPN-COV",
+
+class _Code(NamedTuple):
+    """Code that others released, which made a checkpoint."""
+
+    description: str
+    repository: str
+    license: str | None = None
+
+
+RELEASED = {
+    "gsop": _Code(
+        "the code that the authors of GSoP-Net released",
+        "https://github.com/ZilinGao/Global-Second-order-Pooling-Convolutional-Networks",
+    ),
+    "fast-mpn-cov": _Code("fast MPN-COV (iSQRT-COV)", "https://github.com/jiangtaoxie/fast-MPN-COV"),
+    "gcp": _Code("GCP_Optimization (iSQRT-COV)", "https://github.com/ZhangLi-CS/GCP_Optimization", NO_LICENSE),
+    "dropcov": _Code(
+        "DropCov (covariance pooling without a square root)", "https://github.com/mingzeG/DropCov", NO_LICENSE
+    ),
 }
+SOURCES = (*RELEASED, "timm")
 _NO_NAME = (
     "model_name=None with source='timm', checkpoint={checkpoint!r}; accepted: one of our networks, gsop_resnet50_net1 "
     "for one; or as checkpoint one of our networks that has pretrained weights, a folder of one, or a file of "
     "train.py's with its args.yaml beside it."
 )
 REDUCTION = "global_pool.reduction.conv.weight"
+IMAGENET: dict[str, Any] = dict(
+    input_size=(3, 224, 224),
+    interpolation="bilinear",
+    crop_pct=0.875,
+    mean=IMAGENET_DEFAULT_MEAN,
+    std=IMAGENET_DEFAULT_STD,
+)
+"""How all the released code bases prepare ImageNet's images."""
 
 _logger = logging.getLogger(__name__)
 
@@ -52,8 +77,9 @@ def convert(
     """Convert a checkpoint into a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads.
 
     Args:
-        source: What made the checkpoint: ``"gsop"``, the code that the GSoP authors released; ``"fast-mpn-cov"``, that
-            of iSQRT-COV; ``"timm"``, timm: its train.py or its saver, with one of our networks or one of its own.
+        source: What made the checkpoint: ``"gsop"``, the code that the GSoP authors released; ``"fast-mpn-cov"`` and
+            ``"gcp"``, those of iSQRT-COV; ``"dropcov"``, that of DropCov; ``"timm"``, timm: its train.py or its saver,
+            with one of our networks or one of its own.
         checkpoint: A file; from timm, also a folder that timm's ``save_for_hf`` wrote, or the name of a model with
             pretrained weights. If train.py's ``args.yaml`` is beside the file, it says which network the file holds and
             the preprocessing that it was trained with.
@@ -82,18 +108,31 @@ def convert(
         and timm.is_model(checkpoint.partition(".")[0])
         and not Path(checkpoint).exists()
     ):
-        return _save_pretrained(checkpoint, folder, given, data_config)
+        return _save_pretrained(checkpoint, folder, given, data_config, label_names)
     base = find_base(checkpoint) if source == "timm" else _released_base(source, Path(checkpoint), model_name, given)
     name = _name_for(base, checkpoint, model_name)
     kwargs = {**base.arguments_for(name), **given}
     _say_if_the_stride_differs(base, name, kwargs)
     # Not the name's default weights, whose origin and licence would be said of these.
     model = timm.create_model(_without_weights(name), **kwargs).eval()
+    _say_what_is_assumed(base, kwargs, model)
     _check_head(model, base.weights, checkpoint, name)
     load_exactly(model, _fit(base.weights, model))
     labels = base.labels if label_names is None else read_labels(label_names, model.num_classes)
     save_hub_folder(model, folder, base.preprocessing(model, data_config or {}), base.provenance_in(name), labels)
     return model
+
+
+def _say_what_is_assumed(base: Base, kwargs: dict[str, Any], model: Any) -> None:
+    taken = {key: value if kwargs.get(key) is None else kwargs[key] for key, value in (base.assumed or {}).items()}
+    if model.global_pool.pool_type != "isqrt":
+        taken.pop("isqrt_iters", None)
+    if taken:
+        _logger.warning(
+            "The file does not say %s. Taken: %s. --model-kwargs says otherwise.",
+            " or ".join(taken),
+            ", ".join(f"{key}={value}" for key, value in taken.items()),
+        )
 
 
 def _without_weights(name: str) -> str:
@@ -113,36 +152,48 @@ def _name_for(base: Base, checkpoint: str, model_name: str | None) -> str:
     return name
 
 
-def _save_pretrained(name: str, folder: Path, given: dict[str, Any], data_config: dict[str, Any] | None) -> nn.Module:
+def _save_pretrained(
+    name: str,
+    folder: Path,
+    given: dict[str, Any],
+    data_config: dict[str, Any] | None,
+    label_names: Path | None,
+) -> nn.Module:
     """Save one of our networks with its pretrained weights."""
     cfg = get_pretrained_cfg(name) if is_ours(name) else None
     if cfg is None or not cfg.has_weights:
         raise ValueError(_NO_NAME.format(checkpoint=name))
     model = timm.create_model(name, pretrained=True, **given).eval()
     labels = dict(label_names=cfg.label_names) if cfg.label_names and model.num_classes == cfg.num_classes else None
+    if label_names is not None:
+        labels = read_labels(label_names, model.num_classes)
     save_hub_folder(model, folder, data_config, cfg, labels)
     return model
 
 
 def _released_base(source: str, path: Path, model_name: str | None, given: dict[str, Any]) -> Base:
-    """A checkpoint of the released code bases. Of fast MPN-COV's the names stay: the network's filter renames."""
+    """A checkpoint of the released code bases. Names of ResNets with covariance pooling stay: their filter renames."""
     weights = read_checkpoint(path)
-    is_gsop = source == "gsop"
-    released = from_gsop(weights, given.get("gsop_type")) if is_gsop else from_fast_mpn_cov(weights)
+    if source == "gsop":
+        released = from_gsop(weights, given.get("gsop_type"))
+    else:
+        released = from_covariance_pooling(weights, dropcov=source == "dropcov")
     name = model_name or released.model_name
     cfgs = default_cfgs[name].cfgs.values() if name in default_cfgs and not given else ()
     cfg = next((cfg for cfg in cfgs if is_origin(path, cfg.url)), None)
-    what = "the code that the authors of GSoP-Net released" if is_gsop else "fast MPN-COV (iSQRT-COV)"
+    code = RELEASED[source]
     return Base(
         str(path),
-        released.weights if is_gsop else weights,
+        plain_names(weights) if has_released_names(weights) and source != "gsop" else released.weights,
         released.model_name,
         released.model_kwargs,
-        data_config={},
-        description=f"a checkpoint of {what}, {path.name}",
-        origin_url=REPOSITORIES[source],
+        data_config=IMAGENET,
+        description=f"a checkpoint of {code.description}, {path.name}",
+        license=code.license,
+        origin_url=code.repository,
         provenance=cfg,
         same_arguments=True,
+        assumed=released.assumed,
     )
 
 

@@ -13,8 +13,10 @@ from torch import nn
 
 from timm_gsop.hub.labels import imagenet_labels
 
-__all__ = ["HubFolder", "check_hub_folder", "check_new_folder", "is_ours", "is_staged", "save_hub_folder"]
+__all__ = ["NO_LICENSE", "HubFolder", "check_hub_folder", "check_new_folder", "is_ours", "is_staged", "save_hub_folder"]
 
+NO_LICENSE = "none stated"
+"""What is said of weights whose authors state no licence. Nobody may publish them without asking."""
 NEEDED = ("config.json", "model.safetensors")
 OF_TRAINING = ("args.yaml", "summary.csv")
 """What timm's train.py leaves beside its checkpoints: the recipe, and the figures of every epoch."""

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from torch import nn
 
-from timm_gsop.hub.hub_folder import HubFolder
+from timm_gsop.hub.hub_folder import NO_LICENSE, HubFolder
 from timm_gsop.hub.operations import model_macs
 from timm_gsop.layers.gsop import CovarianceExcitation
 from timm_gsop.models.second_order import backbone_notes
@@ -47,7 +47,13 @@ CITATIONS = """\
 }"""
 
 
-def model_card(folder: HubFolder, repo_id: str, figure: str | None = None, license: str | None = None) -> str:
+def model_card(
+    folder: HubFolder,
+    repo_id: str,
+    figure: str | None = None,
+    license: str | None = None,
+    permission: str | None = None,
+) -> str:
     """Write the card from what is known: config.json, and what timm's train.py left.
 
     Args:
@@ -55,6 +61,7 @@ def model_card(folder: HubFolder, repo_id: str, figure: str | None = None, licen
         repo_id: The repository, ORG/NAME.
         figure: Name of the architecture's picture in the repository.
         license: Identifier of the weights' licence; None for the one that the folder states, if it does.
+        permission: Who has permitted to publish weights whose authors state no licence, and where.
 
     Returns:
         Markdown with the Hub's YAML header.
@@ -68,7 +75,8 @@ def model_card(folder: HubFolder, repo_id: str, figure: str | None = None, licen
     recipe = [*(text for kind, text in notes if kind == "recipe"), *_recipe(folder.path)]
     metrics = [f"**{kind}**: {text}" for kind, text in notes if kind in ("measured", "reported")]
     results = [*metrics, *_results(folder.path)]
-    license = license or provenance.get("license")
+    no_license = provenance.get("license") == NO_LICENSE
+    license = license or (None if no_license else provenance.get("license"))
     header = ModelCardData(
         license=license,
         library_name="timm",
@@ -91,7 +99,8 @@ def model_card(folder: HubFolder, repo_id: str, figure: str | None = None, licen
         "Parameters": f"{sum(p.numel() for p in folder.model.parameters()) / 1e6:.2f} M (measured)",
         "Multiply-accumulates": f"{macs / 1e9:.2f} G for one image of {_times(size)} (measured)",
         "Classes": _classes(folder.config),
-        "Licence": license or "not stated",
+        "Licence": license or (f"{NO_LICENSE} by the authors of the weights" if no_license else "not stated"),
+        "Permission to publish": permission,
     }
     sections = [
         f"---\n{header.to_yaml()}\n---",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
 
-from timm_gsop.hub.hub_folder import check_hub_folder, check_new_folder, is_staged
+from timm_gsop.hub.hub_folder import NO_LICENSE, HubFolder, check_hub_folder, check_new_folder, is_staged
 from timm_gsop.hub.model_card import model_card
 from timm_gsop.pretrained.digests import sums_line
 
@@ -35,6 +35,7 @@ def stage(
     figure: Path | None = None,
     license: str | None = None,
     replace: bool = False,
+    permission: str | None = None,
 ) -> None:
     """Write what would be published into a new folder, or write nothing.
 
@@ -45,16 +46,19 @@ def stage(
         figure: A picture of the architecture.
         license: Identifier of the weights' licence, where the folder does not state it.
         replace: Whether ``destination`` may be what this function wrote before: it is replaced then.
+        permission: Who has permitted to publish weights whose authors state no licence, and where; for the card.
 
     Raises:
-        ValueError: If an argument is not accepted, or the folder is not sound (see :func:`check_hub_folder`).
+        ValueError: If an argument is not accepted, the folder is not sound (see :func:`check_hub_folder`), or its
+            weights have no licence and ``permission`` is not given.
     """
     _check_repo_id(repo_id)
     replace = replace and is_staged(destination)
     if not replace:
         check_new_folder(destination)
     checked = check_hub_folder(folder)
-    card = model_card(checked, repo_id, figure.name if figure else None, license)
+    _check_permission(checked, permission)
+    card = model_card(checked, repo_id, figure.name if figure else None, license, permission)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as partial:
         complete = Path(partial) / "complete"
@@ -75,6 +79,7 @@ def publish(
     private: bool = False,
     revision: str | None = None,
     create_pr: bool = False,
+    permission: str | None = None,
 ) -> Published:
     """Check a folder, write its card, and upload both in one commit.
 
@@ -89,12 +94,14 @@ def publish(
         private: Whether a repository that is created is private.
         revision: Branch to commit to, created if it does not exist; None for main.
         create_pr: Whether to open a pull request instead of committing to the branch.
+        permission: Who has permitted to publish weights whose authors state no licence, and where; for the card.
 
     Returns:
         Address of the commit or pull request, and the line for the package's SHA256SUMS.
 
     Raises:
-        ValueError: If an argument is not accepted, or the folder is not sound (see :func:`check_hub_folder`).
+        ValueError: If an argument is not accepted, the folder is not sound (see :func:`check_hub_folder`), or its
+            weights have no licence and ``permission`` is not given.
         PermissionError: If there is no token.
         RuntimeError: If the Hub refuses, or cannot be reached, or the upload breaks off.
     """
@@ -103,7 +110,7 @@ def publish(
         raise PermissionError("There is no token for the Hub: run `hf auth login`.")
     with tempfile.TemporaryDirectory() as partial:
         staged = Path(partial) / "staged"
-        stage(folder, repo_id, staged, figure, license)
+        stage(folder, repo_id, staged, figure, license, permission=permission)
         try:
             commit = _upload(staged, repo_id, private, revision, create_pr)
         except Exception as error:  # of HTTP libraries, which differ with the client's version, and of the system
@@ -125,6 +132,15 @@ def _upload(staged: Path, repo_id: str, private: bool, revision: str | None, cre
         revision=revision,
         create_pr=create_pr,
     )
+
+
+def _check_permission(folder: HubFolder, permission: str | None) -> None:
+    provenance = folder.config.get("provenance") or {}
+    if provenance.get("license") == NO_LICENSE and not (permission or "").strip():
+        raise ValueError(
+            f"permission={permission!r} is not accepted: {folder.path} has weights of {provenance.get('origin_url')}, "
+            "whose authors state no licence. Ask them; accepted: --i-have-permission TEXT, which goes into the card."
+        )
 
 
 def _check_repo_id(repo_id: str) -> None:

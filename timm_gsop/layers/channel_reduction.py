@@ -25,7 +25,7 @@ class ChannelReduction(nn.Sequential):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, device=device, dtype=dtype)
         self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
-        self.act = nn.ReLU(inplace=True)
+        self.act: nn.Module = nn.ReLU(inplace=True)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

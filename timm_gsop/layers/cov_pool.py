@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
+from torch import nn
 
-from timm_gsop.checks import check_ndim, check_positive_int, warn_of_one_position
+from timm_gsop.checks import check_choice, check_ndim, check_positive_int, warn_of_one_position
 from timm_gsop.layers.channel_reduction import ChannelReduction
 from timm_gsop.layers.covariance import covariance_pool, triu_vectorize
 from timm_gsop.layers.covariance_sqrt import covariance_sqrt
@@ -20,6 +21,9 @@ for _leaf in (
     *("covariance_pool", "covariance_sqrt", "eigh_power", "newton_schulz_sqrt"),
 ):
     torch.fx.wrap(_leaf)
+
+ACT_LAYERS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6}
+"""Activations before the covariance, by timm's names."""
 
 
 class CovPool2d(SecondOrderPool2d):
@@ -89,9 +93,12 @@ class IsqrtCovPool2d(CovPool2d):
         in_features: Channels of the input.
         dim: Channels after reduction, the size of the covariance matrix; the output has dim·(dim+1)/2 features.
         num_iters: Newton–Schulz iterations.
+        act_layer: Activation before the covariance: ``"relu"``, as in the paper, or ``"relu6"``, as in its authors'
+            later MobileNetV2 (https://github.com/ZhangLi-CS/GCP_Optimization).
 
     Raises:
-        ValueError: If an argument < 1; in ``forward``, if the input does not have four dimensions.
+        ValueError: If an argument < 1, or ``act_layer`` is unknown; in ``forward``, if the input does not have
+            four dimensions.
 
     Examples:
         >>> pool = IsqrtCovPool2d(64, dim=16)
@@ -108,13 +115,16 @@ class IsqrtCovPool2d(CovPool2d):
         in_features: int,
         dim: int = 256,
         num_iters: int = 5,
+        act_layer: str = "relu",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_positive_int("num_iters", num_iters)
+        check_choice("act_layer", act_layer, ACT_LAYERS)
         super().__init__(in_features, dim, device=device, dtype=dtype)
         self.num_iters = num_iters
+        self.reduction.act = ACT_LAYERS[act_layer](inplace=True)
 
     def normalize(self, cov: torch.Tensor) -> torch.Tensor:
         """Approximate square root, (B, dim, dim)."""

@@ -286,9 +286,11 @@ class OfficialIsqrtCovPool2d(IsqrtCovPool2d):
         in_features: Channels of the input.
         dim: Channels after reduction, the size of the covariance matrix; the output has dim·(dim+1)/2 features.
         num_iters: Newton–Schulz iterations.
+        act_layer: Activation before the covariance, ``"relu"`` or ``"relu6"``.
 
     Raises:
-        ValueError: If an argument < 1; in ``forward``, if the input does not have four dimensions.
+        ValueError: If an argument < 1, or ``act_layer`` is unknown; in ``forward``, if the input does not have
+            four dimensions.
     """
 
     def __init__(
@@ -296,11 +298,12 @@ class OfficialIsqrtCovPool2d(IsqrtCovPool2d):
         in_features: int,
         dim: int = 256,
         num_iters: int = 3,
+        act_layer: str = "relu",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, dim, num_iters, device=device, dtype=dtype)
+        super().__init__(in_features, dim, num_iters, act_layer, device=device, dtype=dtype)
 
     def vectorize(self, mat: torch.Tensor) -> torch.Tensor:
         """See :func:`tril_vectorize`."""

@@ -17,7 +17,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from timm_gsop.checks import check_choice
-from timm_gsop.layers import FLAVORS, GsopBlock, IsqrtCovPool2d, OfficialIsqrtCovPool2d
+from timm_gsop.layers import FLAVORS, GsopBlock, OfficialIsqrtCovPool2d
 from timm_gsop.models.build import build_model
 from timm_gsop.models.gsop_mixin import GsopMixin
 from timm_gsop.models.last_stride import remove_stride
@@ -25,7 +25,13 @@ from timm_gsop.models.timm_weights import with_timm_weights
 from timm_gsop.pretrained.checkpoint import Weights
 from timm_gsop.pretrained.digests import published_id
 from timm_gsop.pretrained.neutral import neutral_start
-from timm_gsop.pretrained.released import ISQRT_ITERS, from_fast_mpn_cov, is_fast_mpn_cov, to_lower_triangle
+from timm_gsop.pretrained.released import (
+    ISQRT_ITERS,
+    has_released_names,
+    is_dropcov,
+    to_lower_triangle,
+    to_our_names,
+)
 
 __all__ = ["GsopResNet", "checkpoint_filter_fn"]  # register_model adds the entry points
 
@@ -104,28 +110,52 @@ class GsopResNet(GsopMixin, ResNet):
 
 
 def checkpoint_filter_fn(weights: Weights, model: GsopResNet) -> Weights:
-    """Fit weights to a network: iSQRT-COV's get our names, and blocks that they lack start neutral.
+    """Fit weights to a network: the released code's get our names, and blocks that they lack start neutral.
 
     Args:
-        weights: By our names, or by those of fast MPN-COV.
+        weights: By our names, or by those of fast MPN-COV, GCP or DropCov.
         model: The network; its new blocks' weights are changed.
 
     Returns:
-        Weights with which the network computes what theirs did.
+        Weights with which the network computes what theirs did. Where its pooling differs, a warning says so.
 
     Raises:
-        ValueError: If a new block cannot start neutral (see :func:`neutral_start`).
+        ValueError: If a new block cannot start neutral (see :func:`neutral_start`), or if only one of weights and
+            network is DropCov's.
     """
-    if is_fast_mpn_cov(weights):
-        weights = from_fast_mpn_cov(weights).weights
-        pool = model.global_pool
-        if isinstance(pool, IsqrtCovPool2d) and pool.num_iters != ISQRT_ITERS:
-            _logger.warning(
-                "The function changes: isqrt_iters=%d, and the weights are of %d.", pool.num_iters, ISQRT_ITERS
-            )
-        if isinstance(pool, OfficialIsqrtCovPool2d) and "fc.weight" in weights:
-            weights = to_lower_triangle(weights, len(weights["global_pool.reduction.conv.weight"]))
+    if has_released_names(weights):
+        weights = _from_released(weights, model.global_pool)
     return neutral_start(model, weights)
+
+
+def _from_released(weights: Weights, pool: Any) -> Weights:
+    """Weights by our names; what is after the covariance is not in their names, but for DropCov's."""
+    dropcov = is_dropcov(weights)
+    pool_type = getattr(pool, "pool_type", "")
+    if dropcov and pool_type in ("isqrt", "mpn"):
+        raise ValueError(
+            f"global_pool={pool_type!r} is not accepted with these weights, which are DropCov's and have no square "
+            "root; accepted: global_pool='dropcov' or 'cov'."
+        )
+    if pool_type == "dropcov" and not dropcov:
+        raise ValueError(
+            "global_pool='dropcov' is not accepted with these weights, which have no eca_layer: they are iSQRT-COV's; "
+            "accepted: global_pool='isqrt'."
+        )
+    weights = to_our_names(weights)
+    if pool_type == "cov" and dropcov:
+        del weights["global_pool.importance.weight"]  # of training only
+    elif pool_type == "cov":
+        _logger.warning("The function changes: global_pool='cov', and the weights are of 'isqrt'.")
+    elif pool_type == "mpn":
+        _logger.warning(
+            "The function changes unless the weights were trained with the exact root: they look as iSQRT's."
+        )
+    elif pool_type == "isqrt" and pool.num_iters != ISQRT_ITERS:
+        _logger.warning("The function changes: isqrt_iters=%d, and the weights are of %d.", pool.num_iters, ISQRT_ITERS)
+    if isinstance(pool, OfficialIsqrtCovPool2d) and "fc.weight" in weights:
+        weights = to_lower_triangle(weights, len(weights["global_pool.reduction.conv.weight"]))
+    return weights
 
 
 def _create_gsop_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GsopResNet:
@@ -208,8 +238,12 @@ default_cfgs = generate_default_cfgs(
         "gsop_resnet152_net1.untrained": _cfg(**_GSOP),
         **with_timm_weights("gsop_resnet152_net2", "resnet152.a1h_in1k", _cfg(**_GSOP), new_head=True),
         "gsop_resnet152_net2.untrained": _cfg(**_GSOP),
+        **with_timm_weights("isqrt_resnet18", "resnet18.a1_in1k", _cfg(**_ISQRT), new_head=True),
+        "isqrt_resnet18.untrained": _cfg(**_ISQRT),
         **with_timm_weights("isqrt_resnet26", "resnet26.bt_in1k", _cfg(**_ISQRT), new_head=True),
         "isqrt_resnet26.untrained": _cfg(**_ISQRT),
+        **with_timm_weights("isqrt_resnet34", "resnet34.a1_in1k", _cfg(**_ISQRT), new_head=True),
+        "isqrt_resnet34.untrained": _cfg(**_ISQRT),
         "isqrt_resnet50.in1k": _isqrt_in1k("isqrt_resnet50.in1k", **_ISQRT),
         "isqrt_resnet50.untrained": _cfg(**_ISQRT),
         "isqrt_resnet101.in1k": _isqrt_in1k("isqrt_resnet101.in1k", **_ISQRT),
@@ -318,10 +352,24 @@ def gsop_resnet152_net2(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
 
 
 @register_model
+def isqrt_resnet18(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """iSQRT-COV on ResNet-18: covariance pooling with the Newton–Schulz square root, no GSoP blocks."""
+    model_args = dict(_RESNET18, **_ISQRT_COV)
+    return _create_gsop_resnet("isqrt_resnet18", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
 def isqrt_resnet26(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
     """iSQRT-COV on ResNet-26: covariance pooling with the Newton–Schulz square root, no GSoP blocks."""
     model_args = dict(_RESNET26, **_ISQRT_COV)
     return _create_gsop_resnet("isqrt_resnet26", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def isqrt_resnet34(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """iSQRT-COV on ResNet-34: covariance pooling with the Newton–Schulz square root, no GSoP blocks."""
+    model_args = dict(_RESNET34, **_ISQRT_COV)
+    return _create_gsop_resnet("isqrt_resnet34", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -9,7 +9,9 @@ Papers:
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from timm_gsop.models.backbone_features import BackboneFeatures, feature_map
 from timm_gsop.models.build import build_model
 from timm_gsop.models.global_pool import GlobalPoolMixin
 from timm_gsop.models.gsop_mixin import reset_parameters
+from timm_gsop.pretrained.backbone import backbone_loading, check_backbone_file
 
 __all__ = ["SecondOrder", "backbone_notes"]  # register_model adds the entry point
 
@@ -50,6 +53,9 @@ DATA_CONFIG = (
     *("interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean", "std"),
 )
 """What a network inherits from the configuration of its backbone."""
+HIDDEN = ("kwargs", "backbone_weights", "device", "dtype")
+FOR_LOADING = ("pretrained_strict", "pretrained_model_args", "scriptable", "exportable")
+"""Arguments of timm's factory."""
 
 
 class SecondOrder(GlobalPoolMixin, nn.Module):
@@ -139,7 +145,8 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         check_choice("neutral", neutral, (True, False))
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         create = partial(create_model, backbone, num_classes=0, in_chans=in_chans, **kwargs)
-        probe = create(device="meta")
+        with _unknown_argument_named(backbone):
+            probe = create(device="meta")
         infos = getattr(probe, "feature_info", ())
         num_levels = len(infos) if level is None else _check_level(level, backbone, infos) + 1
         _check_stages(gsop_stages, backbone, num_levels)
@@ -440,7 +447,8 @@ def second_order(
     overlay = {**_inherited(backbone, pretrained), **(pretrained_cfg_overlay or {}), **dict.fromkeys(weights)}
     model_cls: Callable[..., Any] = SecondOrder
     if pretrained:
-        loading = dict(pretrained=True, pretrained_cfg_overlay=weights or None, cache_dir=cache_dir)
+        check_backbone_file(backbone, partial(create_model, backbone, num_classes=0, **_for_backbone(kwargs)), weights)
+        loading = backbone_loading(backbone, weights, cache_dir)
         model_cls = partial(SecondOrder, backbone_weights=loading)
         _logger.info("The weights of the backbone %s are loaded; the head is new.", backbone)
     return build(model_cls, pretrained=False, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay, **kwargs)
@@ -481,11 +489,33 @@ def backbone_notes(backbone: str) -> tuple[str, ...]:
 
 def _default_levels(backbone: str, kwargs: dict[str, Any]) -> tuple[int, ...]:
     """Feature levels that timm gives of the backbone by default."""
-    ours = {*inspect.signature(SecondOrder).parameters, "features_only", "out_indices", "feature_cls", "output_fmt"}
-    for_backbone = {name: value for name, value in kwargs.items() if name not in ours}
-    features: Any = create_model(backbone, features_only=True, device="meta", **for_backbone)
+    with _unknown_argument_named(backbone):
+        features: Any = create_model(backbone, features_only=True, device="meta", **_for_backbone(kwargs))
     levels = tuple(features.feature_info.out_indices)
     if kwargs.get("level") is None:
         return levels
     last = kwargs["level"] % len(features.feature_info)
     return tuple(level for level in levels if level <= last) or (last,)
+
+
+def _for_backbone(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of the entry point's arguments, those that are the backbone's."""
+    ours = {*inspect.signature(SecondOrder).parameters, "features_only", "out_indices", "feature_cls", "output_fmt"}
+    return {name: value for name, value in kwargs.items() if name not in {*ours, *FOR_LOADING}}
+
+
+@contextmanager
+def _unknown_argument_named(backbone: str) -> Iterator[None]:
+    """Say of an argument that neither we nor the backbone know which one is meant."""
+    try:
+        yield
+    except TypeError as error:
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if found is None:
+            raise
+        ours = [name for name in inspect.signature(SecondOrder).parameters if name not in HIDDEN]
+        close = ["gsop_stages"] if found[1] == "gsop_layers" else difflib.get_close_matches(found[1], ours, n=1)
+        raise TypeError(
+            f"second_order got an unknown argument, {found[1]!r}{f'; did you mean {close[0]!r}?' if close else '.'} "
+            f"Accepted: {', '.join(ours)}, and those of backbone={backbone!r}."
+        ) from error

@@ -1,7 +1,8 @@
 """SHA-256 of the files that we publish or ship: SHA256SUMS, in the format of ``sha256sum``.
 
-A line is a digest and a file: ``shipped/NAME.safetensors`` in this package, or on the Hugging Face Hub
-``timm-gsop/NAME@COMMIT/model.safetensors``, as ``hub/publish.py`` prints it. A repository of ours that has no line here
+A line is a digest and a file: ``shipped/NAME.safetensors`` in this package, on the Hugging Face Hub
+``timm-gsop/NAME@COMMIT/model.safetensors``, as ``hub/publish.py`` prints it, or ``origin/FILE`` for one of its authors'
+own, as ``hub/digest.py`` writes it. A repository of ours that has no line here
 is never asked for weights, so that nobody else can serve them under a name that we have not published yet.
 """
 
@@ -10,7 +11,18 @@ import re
 from functools import cache
 from pathlib import Path
 
-__all__ = ["HUB_ORGANISATION", "SHIPPED", "known_digest", "published_id", "record_shipped", "sha256_of", "sums_line"]
+__all__ = [
+    "HUB_ORGANISATION",
+    "SHIPPED",
+    "digest_in_name",
+    "known_digest",
+    "origin_digest",
+    "published_id",
+    "record_origin",
+    "record_shipped",
+    "sha256_of",
+    "sums_line",
+]
 
 HUB_ORGANISATION = "timm-gsop"
 """Owner of our repositories on the Hub."""
@@ -56,13 +68,45 @@ def sums_line(repo_id: str, commit: str, weights: Path) -> str:
     return f"{sha256_of(weights)}  {repo_id}@{commit}/{WEIGHTS}"
 
 
+def digest_in_name(file: str) -> str:
+    """The head of the SHA-256 in a file's name or address, as PyTorch's hub writes it: ``name-15991845.pth``."""
+    found = re.search(r"-([0-9a-f]{8,})\.\w+$", file)
+    return found[1] if found else ""
+
+
+def origin_digest(file: str) -> str:
+    """The SHA-256 that a file of its authors must have: all of it where it is recorded, or the head in its name.
+
+    Args:
+        file: Its name.
+    """
+    return _digests().get(f"origin/{file}", "") or digest_in_name(file)
+
+
+def record_origin(file: Path) -> str:
+    """Write the digest of a file that was downloaded from its authors into SHA256SUMS, and return it.
+
+    Raises:
+        ValueError: If it is not the one in its name, or the one that is recorded already.
+    """
+    digest, expected = sha256_of(file), origin_digest(file.name)
+    if not digest.startswith(expected):
+        raise ValueError(f"{file} is damaged or another file: its SHA-256 is {digest}, and {expected} is expected.")
+    _record(f"origin/{file.name}", digest)
+    return digest
+
+
 def record_shipped(file: Path) -> None:
     """Write the digest of a file of this package into SHA256SUMS, in place of a former one."""
-    name = f"{file.parent.name}/{file.name}"
+    _record(f"{file.parent.name}/{file.name}", sha256_of(file))
+
+
+def _record(name: str, digest: str) -> None:
     lines = [line for line in SUMS.read_text(encoding="ascii").splitlines() if not line.endswith(f"  {name}")]
     partial = SUMS.with_name(f".{SUMS.name}.partial")
-    partial.write_text("\n".join([*lines, f"{sha256_of(file)}  {name}"]) + "\n", encoding="ascii")
+    partial.write_text("\n".join([*lines, f"{digest}  {name}"]) + "\n", encoding="ascii")
     partial.replace(SUMS)
+    _digests.cache_clear()
 
 
 def sha256_of(file: Path) -> str:

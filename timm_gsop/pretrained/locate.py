@@ -2,12 +2,13 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -15,9 +16,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from timm.models import PretrainedCfg
-from torch.hub import download_url_to_file
 
-from timm_gsop.pretrained.digests import SHIPPED, known_digest, sha256_of
+from timm_gsop.pretrained.digests import SHIPPED, digest_in_name, known_digest, origin_digest, sha256_of
+from timm_gsop.pretrained.download import DownloadError, download_file
+from timm_gsop.pretrained.sources import addresses_of, page_of
 
 __all__ = ["is_origin", "locate_weights", "shipped", "weights_state"]
 
@@ -33,9 +35,10 @@ def locate_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> P
     """Find the weights of a pretrained configuration, and download them if they are not cached.
 
     A file that the configuration names (those that ship with this package do) comes first, then its repository on the
-    Hub; if that does not exist, its origin. Files are checked at each load, cached ones too: against the digest that
-    this package holds (see :mod:`timm_gsop.pretrained.digests`), the one that the Hub states, or the head of it in an
-    origin's file name. A damaged file in a cache is downloaded again. Files are replaced in one step, so that processes
+    Hub; if that does not exist, its origin, at each address in turn (see :mod:`timm_gsop.pretrained.sources`). Files
+    are checked at each load, cached ones too: against the digest that this package holds (see
+    :mod:`timm_gsop.pretrained.digests`), the one that the Hub states, or the head of it in an origin's file name. A
+    damaged file in a cache is downloaded again. Files are replaced in one step, so that processes
     may do this at the same time.
 
     Args:
@@ -152,21 +155,26 @@ def _without_the_hub(cfg: PretrainedCfg, cache_dir: str | Path | None, error: Ex
 
 
 def _from_origin(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Path:
-    path, digest = _origin_file(str(cfg.url), cache_dir), _digest_in(cfg.url)
+    url, path, digest = str(cfg.url), _origin_file(str(cfg.url), cache_dir), _digest_in(cfg.url)
     was_cached = path.exists()
     if was_cached and _is(path, digest):
         return path
     if was_cached:
         _logger.warning("%s was damaged: it is downloaded again", path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:  # to a name of its own, checked, then renamed
-        download_url_to_file(str(cfg.url), str(path), hash_prefix=digest, progress=False)
-    except (OSError, RuntimeError) as error:
-        if was_cached and not _is(path, digest):  # another process may have brought it
-            raise _removed(path, digest) from error
-        if not was_cached and not path.exists():
-            raise _unavailable(cfg, error) from error
-    return path
+    failures: dict[str, DownloadError] = {}
+    for address in addresses_of(url):
+        try:
+            if constants.HF_HUB_OFFLINE:
+                raise DownloadError("HF_HUB_OFFLINE is set")
+            download_file(address, path, digest)
+            return path
+        except DownloadError as error:
+            failures[address] = error
+            if path.exists() and _is(path, digest):  # another process has brought it
+                return path
+    if was_cached:
+        raise _removed(path, digest) from failures.popitem()[1]
+    raise _unavailable(cfg, None, failures)
 
 
 def _origin_file(url: str, cache_dir: str | Path | None) -> Path:
@@ -176,9 +184,10 @@ def _origin_file(url: str, cache_dir: str | Path | None) -> Path:
 
 
 def _digest_in(url: str | tuple[str, str] | None) -> str:
-    """The head of the SHA-256 in a file's name, as PyTorch's hub writes it: ``name-15991845.pth``."""
-    found = re.search(r"-([0-9a-f]{8,})\.\w+$", url) if isinstance(url, str) else None
-    return found.group(1) if found else ""
+    """The digest of the file at an address: "" where its name has none."""
+    if not isinstance(url, str) or not digest_in_name(url):
+        return ""
+    return origin_digest(Path(urlparse(url).path).name)
 
 
 def is_origin(path: Path, url: str | tuple[str, str] | None) -> bool:
@@ -204,11 +213,23 @@ def _removed(path: Path, digest: str) -> _DamagedError:
     return error
 
 
-def _unavailable(cfg: PretrainedCfg, cause: Exception) -> RuntimeError:
-    places = " or ".join(place for place in (cfg.hf_hub_id and f"the Hub as {cfg.hf_hub_id}", cfg.url) if place)
-    name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.hf_hub_id
-    reason = str(cause).strip().splitlines()
+def _unavailable(
+    cfg: PretrainedCfg, cause: Exception | None, failures: Mapping[str, DownloadError] | None = None
+) -> RuntimeError:
+    """What to do without weights: from the Hub, or from an origin, whose addresses failed."""
+    name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.hf_hub_id or cfg.architecture
     what_now = "Connect to the network and try again"
+    if failures:
+        places = ", ".join(failures)
+        reason = "; ".join(f"{urlparse(address).netloc}: {error}" for address, error in failures.items())
+        copy = f"fetch the file in a browser ({page_of(str(cfg.url))}) and pass it"
+        is_released = len(addresses_of(str(cfg.url))) > 1
+        convert = ", or python hub/convert.py --from fast-mpn-cov PATH FOLDER" if is_released else ""
+    else:
+        places = " or ".join(place for place in (cfg.hf_hub_id and f"the Hub as {cfg.hf_hub_id}", cfg.url) if place)
+        lines = str(cause).strip().splitlines()
+        reason = f"{type(cause).__name__}: {lines[0] if lines else ''}"
+        copy, convert = "pass a copy", ""
     if isinstance(cause, GatedRepoError):
         repo_id = str(cfg.hf_hub_id).partition("@")[0]
         what_now = (
@@ -216,7 +237,7 @@ def _unavailable(cfg: PretrainedCfg, cause: Exception) -> RuntimeError:
             "`hf auth login`"
         )
     return RuntimeError(
-        f"The pretrained weights of {name} are not cached and cannot be had from {places}. {what_now}, or pass a copy: "
-        f"pretrained_cfg_overlay=dict(file='PATH'). The cause: "
-        f"{type(cause).__name__}: {reason[0] if reason else ''}"
+        f"The pretrained weights of {name} are not cached and cannot be had from {places}. {what_now}, or {copy}: "
+        f"pretrained_cfg_overlay=dict(file='PATH') from Python, --pretrained --pretrained-path PATH for train.py"
+        f"{convert}. With HF_HUB_OFFLINE=1 nothing is tried that is not cached. The cause: {reason}"
     )

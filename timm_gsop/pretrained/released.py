@@ -3,6 +3,8 @@
 Sources (their names and shapes; no code of theirs):
 * ``gsop``: https://github.com/ZilinGao/Global-Second-order-Pooling-Convolutional-Networks
 * ``fast-mpn-cov``: https://github.com/jiangtaoxie/fast-MPN-COV
+* ``gcp``: https://github.com/ZhangLi-CS/GCP_Optimization
+* ``dropcov``: https://github.com/mingzeG/DropCov
 """
 
 import re
@@ -13,12 +15,30 @@ import torch
 
 from timm_gsop.pretrained.checkpoint import Weights
 
-__all__ = ["ISQRT_ITERS", "Released", "from_fast_mpn_cov", "from_gsop", "is_fast_mpn_cov", "to_lower_triangle"]
+__all__ = [
+    "ISQRT_ITERS",
+    "Released",
+    "from_covariance_pooling",
+    "from_gsop",
+    "has_released_names",
+    "is_dropcov",
+    "plain_names",
+    "to_lower_triangle",
+    "to_our_names",
+]
 
 ISQRT_ITERS = 5
-"""Newton–Schulz iterations of fast MPN-COV, part of the networks that it trained."""
+"""Newton–Schulz iterations of fast MPN-COV and GCP, part of the networks that they trained."""
 
-DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101}
+# Residual blocks of the four stages, and whether they are bottlenecks.
+DEPTHS = {
+    ((2, 2, 2, 2), False): 18,
+    ((2, 2, 2, 2), True): 26,
+    ((3, 4, 6, 3), False): 34,
+    ((3, 4, 6, 3), True): 50,
+    ((3, 4, 23, 3), True): 101,
+    ((3, 8, 36, 3), True): 152,
+}
 
 # Modules of a block in the released GSoP code, in its last bottleneck of a stage.
 CHANNEL = {
@@ -36,7 +56,35 @@ POSITION = {
     "fc_adapt_channels_for_spatial": "excitation.expand_conv",
 }
 CONCATENATION = {"dilate_conv_for_concat1": "conv1", "dilate_conv_for_concat2": "conv2", "bn_for_concat": "bn"}
-HEAD = {"layer_reduce": "global_pool.reduction.conv", "layer_reduce_bn": "global_pool.reduction.bn"}
+HEAD = {
+    "layer_reduce": "global_pool.reduction.conv",
+    "layer_reduce_bn": "global_pool.reduction.bn",
+    "eca_layer.conv": "global_pool.importance",
+}
+# What the training script of fast MPN-COV makes of a ResNet's modules: trained from scratch, or fine-tuned.
+MAIN_PY = {
+    "features.0": "conv1",
+    "features.1": "bn1",
+    **{f"features.{stage + 3}": f"layer{stage}" for stage in range(1, 5)},
+    "features.8": "layer_reduce",
+    "features.9": "layer_reduce_bn",
+    "representation.conv_dr_block.0": "layer_reduce",
+    "representation.conv_dr_block.1": "layer_reduce_bn",
+    "classifier": "fc",
+}
+# MobileNetV2 by torchvision's names of 2019, and timm's: stem, last convolution and head, and the parts of a block.
+MOBILENETV2 = {
+    "features.0.0": "backbone.conv_stem",
+    "features.0.1": "backbone.bn1",
+    "features.18.0": "backbone.conv_head",
+    "features.18.1": "backbone.bn2",
+    "dimension_reduction.0": "global_pool.reduction.conv",
+    "dimension_reduction.1": "global_pool.reduction.bn",
+    "classifier.1": "fc",
+}
+MOBILENETV2_REPEATS = (1, 2, 3, 4, 3, 3, 1)
+MOBILENETV2_FIRST = {"0.0": "conv_dw", "0.1": "bn1", "1": "conv_pw", "2": "bn2"}
+MOBILENETV2_BLOCK = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "2": "conv_pwl", "3": "bn3"}
 
 
 class Released(NamedTuple):
@@ -46,33 +94,106 @@ class Released(NamedTuple):
         model_name: The network that it holds.
         model_kwargs: The arguments that the network needs besides.
         weights: By our names.
+        assumed: Arguments that no name or shape shows, and their values in the code that made it.
     """
 
     model_name: str
     model_kwargs: dict[str, Any]
     weights: Weights
+    assumed: dict[str, Any] | None = None
 
 
-def is_fast_mpn_cov(weights: Weights) -> bool:
-    """Whether weights have the names of fast MPN-COV, and not ours."""
-    return "layer_reduce.weight" in weights
+def plain_names(weights: Weights) -> Weights:
+    """Weights by the names of the networks themselves, whatever saved them.
+
+    ``module.`` in the middle of a name is left out, and the names that fast MPN-COV's training script gives to the
+    parts of a ResNet become those of its two released files.
+    """
+    weights = {name.replace(".module.", "."): value for name, value in weights.items()}
+    if "features.4.0.conv1.weight" not in weights:
+        return weights
+    return {_renamed(name, MAIN_PY): value for name, value in weights.items()}
 
 
-def from_fast_mpn_cov(weights: Weights) -> Released:
-    """Recognise a checkpoint of fast MPN-COV (iSQRT-COV): five iterations, the upper triangle, as ours.
+def has_released_names(weights: Weights) -> bool:
+    """Whether weights are a ResNet's with covariance pooling by the released code's names, and not by ours."""
+    return "layer_reduce.weight" in plain_names(weights)
+
+
+def is_dropcov(weights: Weights) -> bool:
+    """Whether weights by the released code's names are DropCov's; the covariance of the others has a square root."""
+    return "eca_layer.conv.weight" in plain_names(weights)
+
+
+def to_our_names(weights: Weights) -> Weights:
+    """A ResNet's weights with covariance pooling, from the released code's names to ours."""
+    return {_rename_head(name): value for name, value in plain_names(weights).items()}
+
+
+def from_covariance_pooling(weights: Weights, dropcov: bool = False) -> Released:
+    """Recognise a checkpoint of fast MPN-COV, GCP or DropCov: all have the upper triangle, row by row, as ours.
+
+    Args:
+        weights: The weights, by their names there.
+        dropcov: Whether they are said to be DropCov's: a covariance without a square root.
 
     Raises:
-        ValueError: If it is not one.
+        ValueError: If it is not one that we have a network for, or ``dropcov`` contradicts it.
     """
-    depth = _depth(weights)
-    if not is_fast_mpn_cov(weights):
+    weights = plain_names(weights)
+    if "conv5.0.weight" in weights:
+        raise ValueError("The checkpoint is of ShuffleNetV2, which timm does not have; accepted: ResNets, MobileNetV2.")
+    if "classifier.6.weight" in weights:
         raise ValueError(
-            "The checkpoint has no layer_reduce; accepted: networks of fast MPN-COV with covariance pooling."
+            "The checkpoint is of VGG-16-BN, whose classifier of three layers after the covariance no network of timm "
+            "or of this package has; accepted: ResNets, MobileNetV2."
         )
+    if "dimension_reduction.0.weight" in weights:
+        return _from_mobilenetv2(weights)
+    depth = _depth(weights)
+    if not has_released_names(weights):
+        raise ValueError("The checkpoint has no layer_reduce; accepted: networks with covariance pooling.")
+    if is_dropcov(weights) and not dropcov:
+        raise ValueError(
+            "The checkpoint has eca_layer: it is DropCov's, a covariance without a square root; accepted: "
+            "source='dropcov'."
+        )
+    if dropcov and not is_dropcov(weights):
+        raise ValueError(
+            "The checkpoint has no eca_layer: it is not DropCov's, and its covariance has a square root; accepted: "
+            "source='gcp' or 'fast-mpn-cov'."
+        )
+    kwargs: dict[str, Any] = dict(num_classes=_num_classes(weights), isqrt_dim=len(weights["layer_reduce.weight"]))
+    kwargs |= dict(global_pool="dropcov") if dropcov else dict(isqrt_iters=ISQRT_ITERS)
+    assumed: dict[str, Any] = dict(last_stride=1) if dropcov else dict(last_stride=1, isqrt_iters=ISQRT_ITERS)
+    return Released(f"isqrt_resnet{depth}", kwargs, to_our_names(weights), assumed)
+
+
+def _from_mobilenetv2(weights: Weights) -> Released:
+    prefixes = dict(MOBILENETV2)
+    sites = [(stage, i) for stage, count in enumerate(MOBILENETV2_REPEATS) for i in range(count)]
+    for number, (stage, i) in enumerate(sites, start=1):
+        parts = MOBILENETV2_FIRST if number == 1 else MOBILENETV2_BLOCK
+        prefixes |= {f"features.{number}.conv.{n}": f"backbone.blocks.{stage}.{i}.{part}" for n, part in parts.items()}
     kwargs = dict(
-        num_classes=_num_classes(weights), isqrt_dim=weights["layer_reduce.weight"].shape[0], isqrt_iters=ISQRT_ITERS
+        backbone="mobilenetv2_100",
+        num_classes=_num_classes(weights, "classifier.1.weight"),
+        isqrt_dim=len(weights["dimension_reduction.0.weight"]),
+        isqrt_iters=ISQRT_ITERS,
+        pool_kwargs=dict(act_layer="relu6"),
     )
-    return Released(f"isqrt_resnet{depth}", kwargs, {_rename_head(name): value for name, value in weights.items()})
+    renamed = {_renamed(name, prefixes): value for name, value in weights.items()}
+    assumed = {name: kwargs[name] for name in ("isqrt_iters", "pool_kwargs")}
+    return Released("second_order", kwargs, renamed, assumed)
+
+
+def _renamed(name: str, prefixes: dict[str, str]) -> str:
+    """A name whose modules, as many of its first as are in a table, are called as the table says."""
+    parts = name.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        if (prefix := ".".join(parts[:count])) in prefixes:
+            return ".".join([prefixes[prefix], *parts[count:]])
+    return name
 
 
 def from_gsop(weights: Weights, gsop_type: str | None = None) -> Released:
@@ -125,12 +246,14 @@ def _depth(weights: Weights) -> int:
     found = (re.match(r"layer(\d)\.(\d+)\.conv1\.weight$", name) for name in weights)
     blocks = [match.group(1) for match in found if match]
     layers = tuple(blocks.count(stage) for stage in "1234")
-    if layers not in DEPTHS:
+    is_bottleneck = "layer1.0.conv3.weight" in weights
+    accepted = {known: depth for (known, bottleneck), depth in DEPTHS.items() if bottleneck == is_bottleneck}
+    if layers not in accepted:
         raise ValueError(
             f"The checkpoint has {layers} residual blocks in layer1 to layer4; accepted: "
-            f"{', '.join(map(str, DEPTHS))}, those of ResNet-50 and 101."
+            f"{', '.join(f'{known} of ResNet-{depth}' for known, depth in accepted.items())}."
         )
-    return DEPTHS[layers]
+    return accepted[layers]
 
 
 def _width(weights: Weights, module: str) -> int:
@@ -138,10 +261,10 @@ def _width(weights: Weights, module: str) -> int:
     return next(len(value) for name, value in weights.items() if name.split(".")[-2:] == [module, "weight"])
 
 
-def _num_classes(weights: Weights) -> int:
-    if "fc.weight" not in weights:
-        raise ValueError("The checkpoint has no fc.weight; accepted: networks with their classifier.")
-    return weights["fc.weight"].shape[0]
+def _num_classes(weights: Weights, classifier: str = "fc.weight") -> int:
+    if classifier not in weights:
+        raise ValueError(f"The checkpoint has no {classifier}; accepted: networks with their classifier.")
+    return len(weights[classifier])
 
 
 def _gsop_type(weights: Weights, given: str | None) -> str:

@@ -1,6 +1,7 @@
 """Pictures of what GSoP blocks and covariance pooling make of an image: python -m timm_gsop.viz MODEL IMAGE OUT.png."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 
 from timm_gsop.insert import evaluation_mode
 from timm_gsop.layers import ChannelGsop, IsqrtCovPool2d, MpnCovPool2d, PositionGsop
-from timm_gsop.viz.figure import new_figure, save_figure
+from timm_gsop.viz.figure import check_output, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -226,6 +227,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--img-size={args.img_size} is not accepted; it must be an integer >= 1.")
     if args.checkpoint and not Path(args.checkpoint).is_file():
         parser.error(f"--checkpoint={args.checkpoint!r} is no file.")
+    try:
+        check_output(args.out)
+    except ValueError as error:
+        parser.error(str(error))
     torch.manual_seed(0)  # the picture of an untrained model is always the same
     try:
         model = timm.create_model(
@@ -236,8 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             **args.model_kwargs,
         )
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        parser.error(f"model={args.model!r} cannot be created: {reason}")
+        parser.error(f"model={args.model!r} cannot be created: {_reason(error)}")
     try:
         image, x = preprocess(_open(args.image), model, args.img_size)
         trained = args.pretrained or args.checkpoint
@@ -249,6 +253,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"wrote {args.out}")
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, in one line; of weights with another number of classes, how to say it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    classes = re.search(r"size mismatch for (?:fc|classifier|head\S*)\.bias: .*?\[(\d+)\].*?\[(\d+)\]", text)
+    if classes:
+        return (
+            f"its checkpoint has {classes[1]} classes and the model {classes[2]}; accepted: --num-classes {classes[1]}."
+        )
+    return text if len(text) <= 400 else f"{text[:400]} …"
 
 
 class _KeyValues(ParseKwargs):

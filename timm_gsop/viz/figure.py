@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["new_figure", "save_figure"]
+__all__ = ["check_output", "new_figure", "save_figure"]
+
+
+def check_output(path: Path) -> None:
+    """Raise ``ValueError`` if there is no folder to write a figure into."""
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"out={str(path)!r} is in no folder that exists; accepted: a file in an existing one.")
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -27,8 +33,9 @@ def save_figure(figure: "Figure", path: Path, dpi: int = 80) -> None:
 
     Raises:
         OSError: If it cannot be written.
-        ValueError: If matplotlib does not know the format.
+        ValueError: If matplotlib does not know the format, or there is no such folder.
     """
+    check_output(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
         figure.savefig(partial, format=path.suffix[1:] or "png", dpi=dpi)
