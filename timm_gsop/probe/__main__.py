@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given["save"]:
         saved = table.about["saved"]
         print(
-            f"wrote {given['output']}/model: {saved['head']} on level {saved['level']}, {saved['top1']:.2f} % on test images"
+            f"wrote {given['output']}/model: {saved['head']} on level {saved['level']}, {saved['top1']:.2f} % in the test"
         )
     if fine_tune:
         folder = Path(given["output"]) / "model"
