@@ -4,14 +4,17 @@
 pooling, beside alternatives. ``networks``: ResNet-50s, relative to the twin: the same network, its last stage not
 down-sampled either, without blocks. ``pieces``: the steps of GSoP-Net1's blocks and of GSoP-Net2's head. ``growth``:
 time and operations against the size. ``recipes``: a step of train_configs/fashion_mnist. ``heads``: second_order's.
+``gpu``: networks with the package's kernels, without, and compiled, at 256 and 32 images, and blocks, in one go.
 
 ``--json`` keeps the figures. ``--against DIR`` compares blocks and networks with those of another checkout.
+``--kernels both`` compares networks and blocks with and without the kernels for GPUs.
 """
 
 import json
 import math
+import os
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -42,13 +45,18 @@ from timm_gsop.layers import (
 Groups = Iterator[tuple[dict[str, Any], dict[str, Work]]]
 """What is measured, and its alternatives; the first is the reference."""
 
+BATCHES_GPU = (256, 32)
+IMAGE = 224
+SIDE, COPIED = 4096, 2**26  # of the product and the copy that give the machine's speed
 POOLS = ("avg", *SECOND_ORDER_POOLS)
 STAGES, HEAD = ((256, 56), (512, 28), (1024, 14), (2048, 14)), (2048, 14)
 COV_DIM, HEAD_DIM = 128, 256
 ATTENTION = ("se", "cbam", "eca", "gc")
+WITHOUT = ", without kernels"
 TWIN = ("gsop_resnet50_net1.untrained", dict(gsop_layers=()))
 FEW = {name: (f"{name}.untrained", {}) for name in ("gsop_resnet50_net1", "gsop_resnet50_net2")}
 ALL = {**FEW, "isqrt_resnet50": ("isqrt_resnet50.untrained", {}), "resnet50": ("resnet50", {})}
+OURS = {*FEW, "isqrt_resnet50"}  # with layers of this package
 RECOMPUTING = "gsop_resnet50_net1, covariances computed again for the gradient"
 TRAINED = {**ALL, RECOMPUTING: FEW["gsop_resnet50_net1"]}
 WAYS = {"inference": ALL, "training": TRAINED, "compiled": FEW, "compiled training": FEW}
@@ -93,27 +101,50 @@ def floor(kind: str, channels: int, positions: int, training: bool, speed: Mappi
     return (3 if training else 1) * sum(max(m / speed["macs"], 4 * v / speed["bytes"]) for m, v in pieces)
 
 
+def with_kernels(work: Callable[[], Any], setting: str) -> Callable[[], Any]:
+    """The same, run with the GPU's kernels, "on", or without, "off"."""
+
+    def run() -> Any:
+        os.environ["TIMM_GSOP_KERNELS"] = "0" if setting == "off" else "1"
+        return work()
+
+    return run
+
+
+def with_and_without(works: dict[str, Any], names: Iterable[str], setting: str) -> dict[str, Any]:
+    """Works with kernels as they are set; "both" adds those of ``names`` without."""
+    found = {name: with_kernels(work, setting) for name, work in works.items()}
+    if setting == "both":
+        found.update({f"{name}{WITHOUT}": with_kernels(works[name], "off") for name in names})
+    return found
+
+
 def blocks(args: Namespace) -> Groups:
     """Blocks and heads, beside their peers and the least time by the machine's speed in a product and in a copy."""
-    a, big = torch.randn(4096, 4096), torch.randn(2**26)
+    a, big = torch.randn(SIDE, SIDE), torch.randn(COPIED)
     copy = torch.empty_like(big)
     product, copying = (min(seconds(work) for _ in range(10)) for work in (lambda: a @ a, lambda: copy.copy_(big)))
-    speed = dict(macs=4096**3 / product, bytes=8 * 2**26 / copying)
+    speed = dict(macs=SIDE**3 / product, bytes=8 * COPIED / copying)
     for kind, channels, size in [*(("block", *stage) for stage in STAGES), ("head", *HEAD)]:
         x = features(args.batch, channels, size)
         for training in PASSES:
             modules = alternatives(kind, channels)
-            works = {name: run_of(module, x.requires_grad_(training), training) for name, module in modules.items()}
+            bfloat16 = args.what == "gpu"
+            x.requires_grad_(training)
+            works = {name: run_of(module, x, training, bfloat16) for name, module in modules.items()}
+            works = with_and_without(works, ["ours"], args.kernels)
             what = dict(kind=kind, channels=channels, size=size, training=training)
             what["floor"] = args.batch * floor(kind, channels, size**2, training, speed)
-            what["bytes"] = {name: saved_bytes(module, x) for name, module in modules.items() if training}
+            kept = {name: partial(saved_bytes, module, x) for name, module in modules.items() if training}
+            kept = with_and_without(kept, ["ours"] if training else [], args.kernels)
+            what["bytes"] = {name: count() for name, count in kept.items()}
             yield what, works
 
 
 def networks(args: Namespace) -> Groups:
     """Networks in each way. With bfloat16, channels are last."""
     layout = torch.channels_last if args.dtype == "bfloat16" else torch.contiguous_format
-    x = torch.randn(args.batch, 3, 224, 224).to(memory_format=layout)
+    x = torch.randn(args.batch, 3, IMAGE, IMAGE).to(memory_format=layout)
     for way in args.ways:
         training, works, costs = "training" in way, {}, {}
         for name, (model_name, kwargs) in {"twin": TWIN, **WAYS[way]}.items():
@@ -123,6 +154,9 @@ def networks(args: Namespace) -> Groups:
                     module.squeeze = partial(checkpoint, module.squeeze, use_reentrant=False)
             works[name] = run_of(model, x, training, args.dtype == "bfloat16", way.startswith("compiled"))
             costs[name] = measure_cost(model_name, **kwargs)._asdict()
+        compiled = way.startswith("compiled")  # without kernels anyway
+        works = with_and_without(works, set(costs) & OURS, "on" if compiled else args.kernels)
+        costs.update({name: costs[name.removesuffix(WITHOUT)] for name in works})
         memory = {name: peak_bytes(work) for name, work in works.items() if training}
         yield dict(way=way, dtype=args.dtype, costs=costs, bytes=memory), works
 
@@ -225,7 +259,18 @@ def against(args: Namespace) -> Groups:
             yield dict(what=what, repeats=repeats, bytes=memory), works
 
 
-MEASURES = {groups.__name__: groups for groups in (blocks, networks, pieces, growth, recipes, heads)}
+def gpu(args: Namespace) -> Groups:
+    """What docs/performance.md says of a GPU, in one go; in bfloat16, networks with channels last."""
+    args.kernels, args.dtype, args.ways = "both", "bfloat16", list(WAYS)
+    for batch in BATCHES_GPU:
+        for what, works in networks(Namespace(**{**vars(args), "batch": batch})):
+            yield dict(what, batch=batch), works
+    batch = BATCHES_GPU[0] // 4
+    for what, works in blocks(Namespace(**{**vars(args), "batch": batch})):
+        yield dict(what, batch=batch), works
+
+
+MEASURES = {groups.__name__: groups for groups in (blocks, networks, pieces, growth, recipes, heads, gpu)}
 
 
 def show(row: Mapping[str, Any]) -> None:
@@ -244,6 +289,7 @@ def main() -> None:
     options.add_argument("--against", type=Path, metavar="DIR", help="another checkout, for blocks and networks")
     options.add_argument("--ways", nargs="+", default=["inference", "training"], choices=WAYS, help="of networks")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), help="of networks, or with --against")
+    options.add_argument("--kernels", default="on", choices=("on", "off", "both"), help="in networks and blocks")
     options.add_argument("--batch", type=int, help="images (default: 16 on a CPU, 256 on a GPU)")
     args = options.parse_args()
     if args.against and args.what not in AGAINST:

@@ -152,11 +152,6 @@ def about(result: Mapping[str, Any]) -> str:
     return f"{device}; {versions(machine)}; batch {result['batch']}."
 
 
-def about_gpu(result: Mapping[str, Any]) -> str:
-    """The machine, where the processor matters little."""
-    return f"{result['machine']['device']}; {versions(result['machine'])}."
-
-
 def versions(machine: Mapping[str, Any]) -> str:
     """Of what the figures depend on."""
     return f"Python {machine['python']}, torch {machine['torch']}, timm {machine['timm']}"
@@ -225,14 +220,6 @@ def contents() -> dict[str, dict[str, str]]:
         "models' machine": about(networks),
         "bfloat16": bfloat16_table(bfloat16, medium),
         "pieces": pieces_table(pieces, pieces_medium),
-    }
-    names = ("blocks", "networks", "networks_high", "pieces")
-    blocks, networks, high, pieces = (load(f"performance/gpu/{name}") for name in names)
-    performance |= {
-        "networks, GPU": bfloat16_table(networks, high),
-        "blocks, GPU": f"{blocks_table(blocks, 'block', 2)}\n\n{blocks_table(blocks, 'head', 2)}",
-        "pieces, GPU": pieces_table(pieces),
-        "GPU": about_gpu(networks),
     }
     heads = load("performance/heads")
     return {

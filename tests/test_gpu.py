@@ -1,8 +1,12 @@
 """On a GPU: float64's answers in every precision, layout and compiler mode, and training that lasts and repeats."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from itertools import product
+from pathlib import Path
 
 import pytest
 import timm
@@ -28,6 +32,11 @@ from tests.test_modes import (
 from tests.test_training import NETWORKS as TRAINED
 from tests.test_training import SMALL, trained
 from tests.tolerances import gradient_error, output_error
+from timm_gsop import covariance_pool
+from timm_gsop.layers import kernels
+from timm_gsop.layers.gsop import rescale
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -156,3 +165,40 @@ def test_trained_weights_give_the_same_logits(name):
     x = torch.randn(4, *model.pretrained_cfg["input_size"])
     with torch.inference_mode():
         torch.testing.assert_close(model.cuda()(x.cuda()).cpu(), model.cpu()(x), rtol=1e-3, atol=1e-3)
+
+
+def test_kernels():
+    """As test_kernels.py, which has Triton interpret the same file."""
+    assert not kernels.why_off()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/kernel_cases.py"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr
+
+
+def test_batches_of_more_than_2_to_31_elements(on_gpu):
+    x = torch.zeros(5_600_000, 8, 7, 7, dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    x[-1] = torch.randn(8, 7, 7)
+    weights = torch.rand(len(x), 8, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(rescale(x, weights, 1.0)[-1], x[-1] * (1 + weights[-1]))
+        torch.testing.assert_close(covariance_pool(x)[-1], covariance_pool(x[-1:].double())[0].float())
+
+
+@pytest.mark.parametrize("name", ["net1", "net2"])
+def test_kernels_change_a_network_within_its_precision(name, on_gpu, monkeypatch):
+    """A training step in bfloat16, with kernels and without, and with the same running statistics."""
+    monkeypatch.setattr(nn.functional, "max_pool2d", average_in_place_of_maximum)
+    x = torch.randn(8, 3, 64, 64)
+    model = network(name, x, True).to(memory_format=torch.channels_last)
+    results = []
+    for setting in ("1", "0"):
+        monkeypatch.setenv("TIMM_GSOP_KERNELS", setting)
+        run = deepcopy(model)
+        results.append((*evaluate(run, x[None], torch.bfloat16), dict(run.named_buffers())))
+    output_bound, gradient_bound = bounds_of("bfloat16")
+    assert output_error(results[0][0][0], results[1][0][0]) <= output_bound
+    assert gradient_error(results[0][1][0], results[1][1][0]) <= gradient_bound
+    for buffer, found in results[0][2].items():
+        torch.testing.assert_close(found, results[1][2][buffer], rtol=2e-2, atol=2e-2)

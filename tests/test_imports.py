@@ -11,7 +11,7 @@ FILES = sorted((ROOT / "timm_gsop").rglob("*.py"))
 # Each part of the package, and the parts that it may import.
 ALLOWED = {
     "__init__": {"insert", "layers", "models"},
-    "__main__": {"__version__", "pretrained"},
+    "__main__": {"__version__", "layers", "pretrained"},
     "attach": {"layers"},
     "checks": set(),
     "data": {"checks"},

@@ -80,6 +80,15 @@ def test_text_has_a_line_for_each_model(capsys):
     assert any(line.split() == ["gsop_preresnet56_net1", "none"] for line in lines)
 
 
+def test_kernels_say_what_turned_them_off(monkeypatch, capsys):
+    monkeypatch.setenv("TIMM_GSOP_KERNELS", "0")
+    assert "GPU kernels: off (TIMM_GSOP_KERNELS=0)" in printed(capsys)
+    monkeypatch.delenv("TIMM_GSOP_KERNELS")
+    found = json.loads(printed(capsys, "--json"))["kernels"]
+    assert found["active"] == (not found["reason"])
+    assert torch.cuda.is_available() or not found["active"]
+
+
 @pytest.mark.parametrize("variable", ["TIMM_GSOP_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
 def test_autoload_says_what_turned_it_off(monkeypatch, capsys, variable):
     monkeypatch.setenv(variable, "0")

@@ -1,6 +1,7 @@
 """What the benchmarks compare computes the same, what they measure is right, and docs show what was measured."""
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -109,6 +110,38 @@ def test_the_command_that_measures(tmp_path, monkeypatch, capsys):
     assert [row["part"] for row in rows] == ["four blocks", "four blocks", "head", "excitation"]
     assert all(timing["seconds"] > 0 for row in rows for timing in row["alternatives"].values())
     assert "square root" in capsys.readouterr().out
+
+
+def test_one_command_measures_all_of_a_gpu(tmp_path, monkeypatch, capsys):
+    """On a small scale, and here without one. Compiled networks are left out."""
+    few = {"gsop_resnet50_net1": ("gsop_preresnet20_net1.untrained", dict(depth=1, cov_dim=4))}
+    small = dict(STAGES=((16, 4),), HEAD=(16, 4), COV_DIM=8, HEAD_DIM=8, IMAGE=32, BATCHES_GPU=(8, 4), SIDE=64)
+    small.update(COPIED=2**10, TWIN=("preresnet20.untrained", dict(depth=1)), WAYS={"inference": few, "training": few})
+    for name, value in small.items():
+        monkeypatch.setattr(speed, name, value)
+    monkeypatch.setenv("TIMM_GSOP_KERNELS", "1")  # restored at the end
+    file = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["speed", "gpu", "--device", "cpu", "--rounds", "2", "--json", str(file)])
+    speed.main()
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row.get("way"), row.get("kind"), row["batch"]) for row in rows] == [
+        *((way, None, batch) for batch in (8, 4) for way in ("inference", "training")),
+        *((None, kind, 2) for kind in ("block", "block", "head", "head")),
+    ]
+    for row in rows:
+        name = "gsop_resnet50_net1" if "way" in row else "ours"
+        assert {name, f"{name}{speed.WITHOUT}"} <= set(row["alternatives"])
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("on", "1"), ("off", "0"), ("both", "1")])
+def test_kernels_are_set_while_a_work_runs(setting, expected, monkeypatch):
+    monkeypatch.setenv("TIMM_GSOP_KERNELS", "")
+    seen = []
+    works = speed.with_and_without({"a": lambda: seen.append(os.environ["TIMM_GSOP_KERNELS"])}, ["a"], setting)
+    for work in works.values():
+        work()
+    assert seen == [expected, "0"][: len(works)]
+    assert len(works) == 1 + (setting == "both")
 
 
 def test_the_pages_say_what_was_measured():

@@ -15,6 +15,7 @@ import torch
 from timm.models import get_arch_pretrained_cfgs, model_entrypoint
 
 from timm_gsop import __version__
+from timm_gsop.layers import kernels
 from timm_gsop.pretrained.locate import weights_state
 
 
@@ -29,12 +30,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _look_around() -> dict[str, Any]:
     why_not = _why_no_autoload()
+    why_off = kernels.why_off()
     return {
         "timm_gsop": __version__,
         "torch": torch.__version__,
         "timm": timm.__version__,
         "python": platform.python_version(),
         "device": _device(),
+        "kernels": {"active": not why_off, "reason": why_off},
         "autoload": {"active": not why_not, "reason": why_not},
         "models": {name: _weights(name) for name in timm.list_models() if _is_ours(name)},
     }
@@ -75,10 +78,11 @@ def _why_no_autoload() -> str:
 
 
 def _as_text(found: dict[str, Any]) -> str:
-    autoload = found["autoload"]
+    autoload, of_kernels = found["autoload"], found["kernels"]
     lines = [
         f"timm-gsop {found['timm_gsop']}, timm {found['timm']}, torch {found['torch']}, Python {found['python']}",
         f"device: {found['device']}",
+        "GPU kernels: " + ("active" if of_kernels["active"] else f"off ({of_kernels['reason']})"),
         "autoload: "
         + ("active" if autoload["active"] else f"off ({autoload['reason']}); import timm_gsop to register the models"),
         "",

@@ -11,6 +11,7 @@ from timm_gsop.layers.channel_reduction import ChannelReduction
 from timm_gsop.layers.covariance import covariance_pool, triu_vectorize
 from timm_gsop.layers.covariance_sqrt import covariance_sqrt
 from timm_gsop.layers.matrix_sqrt import eigh_power, newton_schulz_sqrt
+from timm_gsop.layers.reduced_covariance import can_fuse, fused_covariance
 from timm_gsop.layers.second_order_pool import SecondOrderPool2d
 
 __all__ = ["CovPool2d", "IsqrtCovPool2d", "MpnCovPool2d"]
@@ -63,6 +64,9 @@ class CovPool2d(SecondOrderPool2d):
 
     def squeeze(self, x: torch.Tensor) -> torch.Tensor:
         """Covariance between the reduced channels of ``x``: (B, C, H, W) to (B, dim, dim)."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
+            if can_fuse(self.reduction, x):
+                return fused_covariance(self.reduction, x)
         return covariance_pool(self.reduction(x))
 
     def normalize(self, cov: torch.Tensor) -> torch.Tensor:
@@ -132,6 +136,9 @@ class IsqrtCovPool2d(CovPool2d):
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Approximate square root of the covariance; on small maps without computing the covariance."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
+            if can_fuse(self.reduction, x) and 2 * x.shape[2] * x.shape[3] > self.reduction.conv.out_channels:
+                return self.normalize(self.squeeze(x))
         return covariance_sqrt(self.reduction(x), self.num_iters)
 
 

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from timm_gsop.checks import check_ndim, check_square
+from timm_gsop.layers import kernels
 from timm_gsop.layers.exporting import is_exporting
 from timm_gsop.layers.gradients import evaluate, function_of_input
+from timm_gsop.layers.half_covariance import half_covariance, half_covariance_gradient, has_exact_products
 
 __all__ = ["covariance_pool", "position_covariance", "tril_vectorize", "triu_vectorize"]
 
@@ -39,10 +41,16 @@ def covariance_pool(x: torch.Tensor) -> torch.Tensor:
     if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
         return _covariance(x.flatten(2))
     check_ndim("x", x, (3, 4), "(B, C, H, W) or (B, C, M)")
-    return evaluate(_Covariance, _covariance, x.flatten(2))
+    x = x.flatten(2)
+    if kernels.usable(x):
+        return kernels.load("covariance").map_covariance(x)
+    return evaluate(_Covariance, _covariance, x)
 
 
 def _covariance(x: torch.Tensor) -> torch.Tensor:
+    if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
+        if has_exact_products(x):
+            return half_covariance(x)
     x = centre(x)
     return torch.bmm(x, x.transpose(1, 2)) / x.shape[2]
 
@@ -55,6 +63,8 @@ def centre(x: torch.Tensor) -> torch.Tensor:
 
 def _covariance_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     grad = (grad + grad.transpose(1, 2)) / x.shape[2]
+    if has_exact_products(x):
+        return half_covariance_gradient(x, grad)
     centred = centre(x)
     # Channels last: so is the gradient then. The compiler decides about layouts itself.
     if not torch.compiler.is_compiling() and x.stride(1) == 1:

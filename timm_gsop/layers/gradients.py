@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from timm_gsop.layers.precision import autocast_disabled
 
-__all__ = ["evaluate", "function_of_input", "without_autocast"]
+__all__ = ["evaluate", "function_of_input", "gradients_of_reference", "without_autocast"]
 
 Backward = Callable[..., Any]
 
@@ -83,3 +83,25 @@ def without_autocast(backward: Backward) -> Backward:
             return backward(ctx, *grads)
 
     return guarded
+
+
+def gradients_of_reference(
+    reference: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], grad: torch.Tensor, *others: Any
+) -> tuple[torch.Tensor | None, ...]:
+    """What autograd makes of plain operations, in the ``backward`` of a kernel that cannot be differentiated again.
+
+    Args:
+        reference: The same function as the kernel's, in plain operations.
+        inputs: Its inputs that may be differentiated.
+        grad: Gradient with respect to its output.
+        *others: Its other arguments.
+
+    Returns:
+        A gradient for each input, or None where the input needs none; with a graph if one is wanted.
+    """
+    with torch.enable_grad(), autocast_disabled(grad.device):
+        views = [x.view_as(x) for x in inputs]  # hooks on the inputs themselves are not called twice
+        output = reference(*views, *others)
+        needed = [view for view in views if view.requires_grad]
+    gradients = iter(torch.autograd.grad(output, needed, grad, create_graph=torch.is_grad_enabled()))
+    return tuple(next(gradients) if view.requires_grad else None for view in views)

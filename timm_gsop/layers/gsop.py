@@ -14,10 +14,12 @@ from timm_gsop.checks import (
     check_positive_int,
     warn_of_one_position,
 )
+from timm_gsop.layers import kernels
 from timm_gsop.layers.adaptive_pool import adaptive_avg_pool2d
 from timm_gsop.layers.channel_reduction import ChannelReduction
 from timm_gsop.layers.covariance import covariance_pool, position_covariance
 from timm_gsop.layers.hooks import output_is_hooked
+from timm_gsop.layers.reduced_covariance import can_fuse, fused_covariance
 from timm_gsop.layers.row_conv import RowConv2d
 
 __all__ = [
@@ -55,6 +57,18 @@ def rescale(x: torch.Tensor, weights: torch.Tensor, shortcut: float = 0.0, scale
         shortcut: How much of ``x`` is added to what is scaled: 0 for none.
         scale: Factor on the whole.
     """
+    if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
+        if kernels.usable(x, weights, dtypes=kernels.FLOATS) and _channels_are_scaled(x, weights):
+            return kernels.load("rescale").scale_channels(x, weights, shortcut, scale)
+    return plain_rescale(x, weights, shortcut, scale)
+
+
+def _channels_are_scaled(x: torch.Tensor, weights: torch.Tensor) -> bool:
+    return x.ndim == 4 and weights.shape == (x.shape[0], x.shape[1], 1, 1) and weights.dtype in kernels.FLOATS
+
+
+def plain_rescale(x: torch.Tensor, weights: torch.Tensor, shortcut: float, scale: float) -> torch.Tensor:
+    """As :func:`rescale`, in plain operations."""
     if shortcut != 0.0:
         weights = shortcut + weights
     return x * (weights if scale == 1.0 else scale * weights)
@@ -199,6 +213,13 @@ class ChannelGsop(Gsop):
         if not torch.jit.is_scripting():
             warn_of_one_position("A channel-wise GSoP block", reduced)
         return covariance_pool(reduced)
+
+    def squeeze(self, x: torch.Tensor) -> torch.Tensor:
+        """Covariance of ``x``, reduced: (B, C, H, W) to (B, n, n), in at least float32."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
+            if type(self).covariance is ChannelGsop.covariance and can_fuse(self.reduction, x):
+                return fused_covariance(self.reduction, x)
+        return self.covariance(self.reduction(x))
 
 
 class PositionGsop(Gsop):

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from timm_gsop.checks import check_positive, check_positive_int, check_square
+from timm_gsop.layers import kernels
 from timm_gsop.layers.exporting import is_exporting
 from timm_gsop.layers.gradients import evaluate, without_autocast
 from timm_gsop.layers.precision import at_least_float32
@@ -142,6 +143,9 @@ def _eye(mat: torch.Tensor) -> torch.Tensor:
 
 
 def _plus_transpose(mat: torch.Tensor) -> torch.Tensor:
+    if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
+        if not (torch.is_grad_enabled() and mat.requires_grad) and kernels.usable(mat, dtypes=(torch.float32,)):
+            return kernels.load("symmetric").plus_transpose(mat)
     return mat + mat.transpose(1, 2)
 
 

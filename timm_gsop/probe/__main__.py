@@ -30,9 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nwrote {given['output']}/results.csv, results.json and differences.png")
     if given["save"]:
         saved = table.about["saved"]
-        print(
-            f"wrote {given['output']}/model: {saved['head']} on level {saved['level']}, {saved['top1']:.2f} % in the test"
-        )
+        what = f"{saved['head']} on level {saved['level']}, {saved['top1']:.2f} % on the test images"
+        print(f"wrote {given['output']}/model: {what}")
     if fine_tune:
         folder = Path(given["output"]) / "model"
         size, classes = table.best.img_size, len(table.about["images"])
