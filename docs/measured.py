@@ -24,6 +24,7 @@ from timm_gsop.viz.figure import new_figure, save_figure
 from timm_gsop.viz.summary import read_summary
 
 RESULTS = ROOT / "benchmarks/results"
+PROBE = ROOT / "experiments/probe_results"
 PASSES = {False: "inference", True: "forward and backward"}
 LABELS = {"eigh": "`eigh`", "se": "SE", "cbam": "CBAM", "eca": "ECA", "gc": "GC"}
 AIMS = {
@@ -189,6 +190,26 @@ def cifar10_tables() -> dict[str, str]:
     return {name: "\n".join(lines) for name, (_, lines) in {**all_tables(), **on_gpu}.items()}
 
 
+def probe_tables() -> dict[str, str]:
+    """What the probe found on each data set of its plan that has finished."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(PROBE.glob("*/results.json"))}
+    return {f"probe {name}": probe_table(result) for name, result in found.items()}
+
+
+def probe_table(result: Mapping[str, Any]) -> str:
+    """Heads by level, with the interval of each one's difference to the first, and the sentence that concludes."""
+    columns = ["level", "map", "head", "parameters of the head (M)", "top-1 (%) of each split", "mean", "balanced"]
+    columns += ["minus `avg`, deepest level", "95 % interval", "one training (s)"]
+    lines = []
+    for row in result["rows"]:
+        shape = f"{row['channels']}×{row['height']}×{row['width']}"
+        each = ", ".join(f"{value:.2f}" for value in row["each"])
+        line = [row["level"], shape, f"`{row['head']}`", f"{row['head_params'] / 1e6:.3f}", each, f"{row['top1']:.2f}"]
+        difference = [f"{row['difference']:+.2f}", f"{row['low']:+.2f} to {row['high']:+.2f}"] if lines else ["–", "–"]
+        lines.append([*line, f"{row['balanced']:.2f}", *difference, f"{row['train_seconds']:.0f}"])
+    return f"{table(columns, lines)}\n\n{result['conclusion']}"
+
+
 def contents() -> dict[str, dict[str, str]]:
     """What the pages show, by the names of their markers."""
     files = ("blocks", "networks", "networks_bfloat16", "networks_bfloat16_medium", "pieces", "pieces_medium")
@@ -204,7 +225,7 @@ def contents() -> dict[str, dict[str, str]]:
     heads = load("performance/heads")
     return {
         "docs/performance.md": performance,
-        "docs/results.md": {**cifar10_tables(), "fashion_mnist": fashion_mnist_table()},
+        "docs/results.md": {**probe_tables(), **cifar10_tables(), "fashion_mnist": fashion_mnist_table()},
         "docs/backbones.md": dict(zip(("heads", "heads' cost"), heads_tables(heads), strict=True))
         | {"heads' machine": about(heads)},
     }

@@ -1,6 +1,6 @@
 """Train GSoP-Net2 on scikit-learn's digits with timm's parts, save it in the Hub's layout, load it, classify.
 
-python examples/quickstart.py [--epochs 8] [--output output/quickstart]
+python examples/quickstart.py [--epochs 5] [--output output/quickstart]
 """
 
 import argparse
@@ -29,7 +29,7 @@ from timm_gsop.viz.summary import read_summary
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the choice of a backend that needs no screen
 
-DATA = dict(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,), crop_pct=1.0, interpolation="bilinear")
+DATA = dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.5,), crop_pct=1.0, interpolation="bilinear")
 
 
 class Digits(torch.utils.data.Dataset):
@@ -149,10 +149,11 @@ def plot(model: torch.nn.Module, data_config: dict, output: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("output/quickstart"))
     parser.add_argument("--expect", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # a small network gains little from more, and on a busy machine they wait for each other
     args.output.mkdir(parents=True, exist_ok=True)
     try:
         classify(args.output, args.expect) if args.expect is not None else train(args.output, args.epochs)

@@ -20,6 +20,7 @@ ALLOWED = {
     "layers": {"checks", "layers"},
     "models": {"attach", "checks", "insert", "layers", "models", "pretrained"},
     "pretrained": {"checks", "layers", "pretrained"},
+    "probe": {"checks", "hub", "layers", "models", "probe", "viz"},
     "viz": {"insert", "layers", "viz"},
 }
 

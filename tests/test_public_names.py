@@ -11,10 +11,11 @@ import timm_gsop
 import timm_gsop.hub
 import timm_gsop.layers
 import timm_gsop.models
+import timm_gsop.probe
 import timm_gsop.viz
 
 LIST = Path(__file__).parent / "data/public_names.txt"
-MODULES = (timm_gsop, timm_gsop.layers, timm_gsop.models, timm_gsop.hub, timm_gsop.viz)
+MODULES = (timm_gsop, timm_gsop.layers, timm_gsop.models, timm_gsop.hub, timm_gsop.probe, timm_gsop.viz)
 
 
 def public_names() -> list[str]:
