@@ -348,6 +348,57 @@ def test_a_block_under_autocast_takes_every_kernel(launches):
     assert_near(*results, *TOLERANCES[torch.bfloat16])
 
 
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    parts = (nn.Conv2d(3, 8, 3, stride=2), GsopBlock(ChannelGsop(8, 6)), IsqrtCovPool2d(8, 6), nn.Linear(21, 4))
+    return nn.Sequential(*parts).to(DEVICE).train()
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    backend = "gloo" if DEVICE == "cpu" else "nccl"
+    torch.distributed.init_process_group(backend, f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP", "EMA"])
+def test_a_wrapped_network_makes_the_same_steps(wrapper, launches, one_process):
+    """As timm's train.py wraps it, under autocast; the kernels are those of the network by itself."""
+    from timm.utils import ModelEmaV3
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    plain, inner = network(), network()
+    ema = ModelEmaV3(inner, decay=0.5) if wrapper == "EMA" else None
+    wrapped = nn.parallel.DistributedDataParallel(inner) if wrapper == "DDP" else inner
+    if wrapper == "FSDP":
+        for part in (*inner, inner):
+            fully_shard(part, mesh=init_device_mesh(DEVICE, (1,)))
+    x = torch.randn(4, 3, 9, 9, device=DEVICE)
+    used, averages = [], [p.detach().clone() for p in plain.parameters()]
+    for module in (plain, wrapped):
+        before = dict(launches)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        for _ in range(2):
+            with torch.autocast(DEVICE, torch.bfloat16):
+                loss = module(x).float().square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if module is plain:
+                averages = [(a + p.detach()) / 2 for a, p in zip(averages, plain.parameters(), strict=True)]
+            elif ema is not None:
+                ema.update(module)
+        used.append({name: count - before.get(name, 0) for name, count in launches.items()})
+    assert used[0] == used[1]
+    assert used[0]["norm_covariance"] == 4  # block and head, twice
+    for p, expected in zip(inner.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor() if wrapper == "FSDP" else p, expected, rtol=1e-5, atol=1e-6)
+    for average, expected in zip(ema.module.parameters() if ema else (), averages, strict=ema is not None):
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("way", ["off", "compiled", "traced", "functorch", "fx", "dispatch mode", "forward mode"])
 def test_the_plain_path_is_taken(way, launches, monkeypatch):
     block, x = GsopBlock(ChannelGsop(5, 4).to(DEVICE, torch.bfloat16)).eval(), features((2, 5, 4, 4), torch.bfloat16)

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.layers import BLOCKS, CHANNELS, SCALING_LAYERS
+from tests.layers import BLOCKS, CHANNELS, HEADS, SCALING_LAYERS
 from tests.test_modes import Layers
 from tests.versions import skip_before_torch_2_6
 
