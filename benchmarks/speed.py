@@ -239,11 +239,14 @@ def recipes(args: Namespace) -> Groups:
 
 
 def heads(args: Namespace) -> Groups:
-    """Networks that differ in their head, which has 200 classes."""
+    """Networks that differ in their head, which has 200 classes: inference, and training with its memory."""
     x = torch.randn(args.batch, 3, 224, 224)
-    for backbone in ("resnet50", "convnext_tiny"):
+    for backbone in ("resnet50", "convnext_tiny", "vit_small_patch16_224"):
         create = partial(timm.create_model, "second_order", backbone=backbone, num_classes=200)
-        yield dict(backbone=backbone), {pool: run_of(create(global_pool=pool), x, training=False) for pool in POOLS}
+        for training in PASSES:
+            works = {pool: run_of(create(global_pool=pool), x, training) for pool in POOLS}
+            memory = {pool: peak_bytes(work) for pool, work in works.items()} if training else {}
+            yield dict(backbone=backbone, training=training, bytes=memory), works
 
 
 def against(args: Namespace) -> Groups:

@@ -4,6 +4,7 @@ Writes the tables of docs/performance.md, results.md and backbones.md, and draws
 """
 
 import argparse
+import inspect
 import json
 import math
 from collections import Counter
@@ -19,6 +20,7 @@ from benchmarks import ROOT, table, update
 from experiments.plan import PLAN_GPU, RESULTS_GPU
 from experiments.tables import all_tables
 from timm_gsop.hub.operations import count_macs
+from timm_gsop.layers import SECOND_ORDER_POOLS, accepted_arguments
 from timm_gsop.viz.figure import new_figure, save_figure
 from timm_gsop.viz.summary import read_summary
 
@@ -114,35 +116,35 @@ def pieces_table(*results: Mapping[str, Any]) -> str:
     return table(["of", "piece", *["ms", 'ms, with `"medium"`'][: len(results)]], lines)
 
 
-WHEN = {
-    "avg": "you want the reference",
-    "isqrt": "you want second-order statistics: start here",
-    "mpn": "you want the exact root; not for ONNX",
-    "bilinear": "you compare with bilinear CNNs",
-    "compact_bilinear": "the classifier must stay small",
-}
-
-
-def heads_table(result: Mapping[str, Any]) -> str:
-    """Heads with 200 classes: their features, size and operations, and inference relative to average pooling."""
-    columns: dict[str, list[list[str]]] = {pool: [] for pool in WHEN}
-    for row in result["rows"]:
-        for pool, timing in row["alternatives"].items():
+def heads_tables(result: Mapping[str, Any]) -> tuple[str, str]:
+    """What each head is for; and its cost with 200 classes on each backbone, relative to average pooling."""
+    what, cost = [], []
+    backbones = list(dict.fromkeys(row["backbone"] for row in result["rows"]))
+    passes = [[row for row in result["rows"] if row.get("training", False) == way] for way in PASSES]
+    for pool in ("avg", *SECOND_ORDER_POOLS):
+        figures = []
+        for backbone in backbones:
             with torch.device("meta"):
-                model = timm.create_model("second_order", backbone=row["backbone"], num_classes=200, global_pool=pool)
+                model = timm.create_model("second_order", backbone=backbone, num_classes=200, global_pool=pool)
                 features = model.eval().forward_features(torch.empty(1, 3, 224, 224))
             params = sum(p.numel() for part in (model.global_pool, model.fc) for p in part.parameters())
             macs = count_macs(lambda head=model.forward_head, x=features: head(x))[""]
-            columns[pool].append(
-                [f"{model.head_hidden_size}", f"{params / 1e6:.2f}", f"{macs / 1e9:.3f}", f"{timing['ratio']:.2f}×"]
-            )
-    lines = [
-        [f'`"{pool}"`', WHEN[pool], *(" / ".join(pair) for pair in zip(*found, strict=True))]
-        for pool, found in columns.items()
-    ]
-    on = " / ".join(row["backbone"] for row in result["rows"])
-    what = ("features", "parameters (M)", "GMACs", "inference")
-    return table(["`global_pool`", "take it when", *(f"{name}, {on}" for name in what)], lines)
+            figures.append([f"{model.head_hidden_size}", f"{params / 1e6:.2f}", f"{macs / 1e9:.3f}"])
+        times = [[row["alternatives"].get(pool, {}).get("ratio") for row in rows] for rows in passes if rows]
+        times += [[row["bytes"].get(pool, 0) / row["bytes"]["avg"] for row in passes[True]]] if passes[True] else []
+        measured = [[f"{ratio:.2f}×" if ratio else "–" for ratio in column] for column in times]
+        cost.append([f'`"{pool}"`', *(" / ".join(column) for column in [*zip(*figures, strict=True), *measured])])
+        if pool != "avg":
+            pool_class = SECOND_ORDER_POOLS[pool]
+            doc = (inspect.getdoc(pool_class) or "").splitlines()[0].removesuffix(".")
+            options = [f"`{name}`" for name in (*accepted_arguments(pool), *pool_class.options())]
+            what.append([f'`"{pool}"`', doc, pool_class.take_when, ", ".join(options)])
+    names = ["features", "parameters (M)", "GMACs", "inference", "training", "memory in training"]
+    names = names if passes[True] else names[:4]
+    return (
+        table(["`global_pool`", "what it is", "take it when", "arguments, and options in `pool_kwargs`"], what),
+        table(["`global_pool`", *(f"{name}, {' / '.join(backbones)}" for name in names)], cost),
+    )
 
 
 def about(result: Mapping[str, Any]) -> str:
@@ -225,7 +227,8 @@ def contents() -> dict[str, dict[str, str]]:
     return {
         "docs/performance.md": performance,
         "docs/results.md": {**probe_tables(), **cifar10_tables(), "fashion_mnist": fashion_mnist_table()},
-        "docs/backbones.md": {"heads": heads_table(heads), "heads' machine": about(heads)},
+        "docs/backbones.md": dict(zip(("heads", "heads' cost"), heads_tables(heads), strict=True))
+        | {"heads' machine": about(heads)},
     }
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.timing import peak_bytes
 from tests import head_oracles
-from tests.layers import randomize
+from tests.layers import CHANNELS, HEADS, randomize
+from tests.versions import skip_before_torch_2_6
 from timm_gsop import BdcPool2d, CovPool2d, DropCovPool2d, MomentPool2d, SvpnPool2d
 from timm_gsop.layers.bdc_pool import channel_distances
 from timm_gsop.layers.dropcov_pool import drop_rate_of, weigh_and_drop
@@ -242,3 +244,39 @@ def test_initial_weights_are_the_published_ones():
     for pool in (DropCovPool2d(64, 256), BdcPool2d(64, 256)):
         assert pool.reduction.conv.weight.std().item() == pytest.approx(math.sqrt(2 / 256), rel=0.05)
     assert SvpnPool2d(256).proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("create", "pairs"),
+    [(lambda: BdcPool2d(64, None), 64**2), (lambda: SvpnPool2d(64), 6 * 24**2), (lambda: MomentPool2d(64), 3 * 128**2)],
+)
+def test_memory_in_training_is_below_half_of_that_of_every_pair_of_channels(create, pairs):
+    pool, x = create().train(), torch.randn(4, 64, 48, 48, requires_grad=True)
+    assert peak_bytes(lambda: pool(x).sum().backward()) < 4 * pairs * x[:, 0].numel() / 2
+
+
+class Heads(nn.Module):
+    """Several heads of the same features."""
+
+    def __init__(self, kinds: list[str]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([randomize(HEADS[kind]()) for kind in kinds])
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [head(x) for head in self.heads]
+
+
+@skip_before_torch_2_6(reason="PyTorch's exporter is older than this way to ask")
+def test_onnx(tmp_path):
+    """The batch is free."""
+    import onnxruntime
+
+    heads, x = Heads(["dropcov", "bdc", "svpn", "moment"]).eval(), torch.randn(2, CHANNELS, 5, 5)
+    batch = torch.export.Dim("batch")
+    program = torch.onnx.export(heads, (x,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    program.save(tmp_path / "heads.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "heads.onnx", providers=["CPUExecutionProvider"])
+    for images in (x, torch.randn(5, CHANNELS, 5, 5)):
+        found = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        for result, expected in zip(found, heads(images), strict=True):
+            torch.testing.assert_close(torch.from_numpy(result), expected.detach(), rtol=1e-3, atol=1e-4)

@@ -47,7 +47,7 @@ def settings_of(name: str) -> dict[str, Any]:
 
 def test_files_are_those_of_the_table():
     assert {path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.yaml")} == set(RUNS)
-    assert len(RUNS) == 77
+    assert len(RUNS) == 81
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -97,6 +97,8 @@ COMPILED = [name for name, run in RUNS.items() if run.settings.get("torchcompile
 
 def small_network(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments that make a network cheap, its parts all there."""
+    if args.model == "second_order" and args.model_kwargs["backbone"].startswith("vit"):
+        return dict(args.model_kwargs, backbone="test_vit", img_size=48)
     if args.model == "second_order":
         return dict(args.model_kwargs, backbone="test_efficientnet")
     if "preresnet" in args.model:
@@ -176,20 +178,24 @@ def take_a_step(name: str, defaults: dict[str, Any], backend: str | None = None)
     torch.compiler.reset()
     args = argparse.Namespace(**{**defaults, **settings_of(name)})
     training = Training(args, backend)
-    assert training.epochs == args.epochs
+    assert training.epochs == args.epochs + args.cooldown_epochs
     training.scheduler.step(args.warmup_epochs)
     training.scheduler.step_update(args.warmup_epochs * 10)
     assert max(group["lr"] for group in training.optimizer.param_groups) <= args.lr * (1 + 1e-9)
     if "preresnet" in args.model and "isqrt" in (args.gp, training.model.global_pool.pool_type):
         # Though train.py passes a dropout of 0.
         assert training.model.head_drop_rate == args.model_kwargs.get("isqrt_drop", 0.5)
-    before = {key: value.clone() for key, value in training.model.named_parameters()}
+    before = {key: value.clone() for key, value in training.model.state_dict().items()}
     size = min(args.input_size[-1], 48)
     result = training.step(torch.randn(2, args.input_size[0], size, size), torch.tensor([1, 2]))
     assert result["loss"].isfinite()
     assert result["output"].shape == (2, args.num_classes)
-    changed = [key for key, value in training.model.named_parameters() if not torch.equal(value, before[key])]
-    assert len(changed) > len(before) / 2
+    parameters = [key for key, _ in training.model.named_parameters()]
+    changed = [key for key, value in training.model.state_dict().items() if not torch.equal(value, before[key])]
+    if args.layer_decay_no_opt_scale:  # what is frozen keeps its statistics too
+        assert {key.partition(".")[0] for key in changed} == {"global_pool", "fc"}
+    else:
+        assert len(set(changed) & set(parameters)) > len(parameters) / 2
     assert all(value.isfinite().all() for value in training.model.parameters())
 
 
@@ -202,6 +208,18 @@ def skip_unknown(name: str) -> None:
 def test_a_step(name, defaults):
     skip_unknown(name)
     take_a_step(name, defaults, backend="aot_eager")
+
+
+def test_a_frozen_backbone_with_batch_normalization_keeps_its_statistics(defaults):
+    args = argparse.Namespace(**{**defaults, **settings_of("heads/moment_vit_frozen")})
+    backbone = dict(backbone="resnet18", channels=(8, 8, 16, 16))
+    model = timm.create_model("second_order", global_pool=args.gp, num_classes=1000, **backbone)
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.train()(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
+    assert {key.partition(".")[0] for key in changed} == {"global_pool", "fc"}
 
 
 @pytest.mark.slow

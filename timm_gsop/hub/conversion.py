@@ -22,6 +22,7 @@ from timm_gsop.models.gsop_resnet import checkpoint_filter_fn, default_cfgs
 from timm_gsop.models.gsop_zoo import filter_without_aux
 from timm_gsop.pretrained.checkpoint import Weights, load_exactly, read_checkpoint
 from timm_gsop.pretrained.locate import is_origin
+from timm_gsop.pretrained.moment_probing import from_moment_probing
 from timm_gsop.pretrained.released import from_covariance_pooling, from_gsop, has_released_names, plain_names
 
 __all__ = ["SOURCES", "convert"]
@@ -45,6 +46,7 @@ RELEASED = {
     "dropcov": _Code(
         "DropCov (covariance pooling without a square root)", "https://github.com/mingzeG/DropCov", NO_LICENSE
     ),
+    "moment-probing": _Code("moment probing", "https://github.com/mingzeG/Moment-Probing", NO_LICENSE),
 }
 SOURCES = (*RELEASED, "timm")
 _NO_NAME = (
@@ -78,8 +80,8 @@ def convert(
 
     Args:
         source: What made the checkpoint: ``"gsop"``, the code that the GSoP authors released; ``"fast-mpn-cov"`` and
-            ``"gcp"``, those of iSQRT-COV; ``"dropcov"``, that of DropCov; ``"timm"``, timm: its train.py or its saver,
-            with one of our networks or one of its own.
+            ``"gcp"``, those of iSQRT-COV; ``"dropcov"`` and ``"moment-probing"``, those of these heads; ``"timm"``,
+            timm: its train.py or its saver, with one of our networks or one of its own.
         checkpoint: A file; from timm, also a folder that timm's ``save_for_hf`` wrote, or the name of a model with
             pretrained weights. If train.py's ``args.yaml`` is beside the file, it says which network the file holds and
             the preprocessing that it was trained with.
@@ -176,6 +178,8 @@ def _released_base(source: str, path: Path, model_name: str | None, given: dict[
     weights = read_checkpoint(path)
     if source == "gsop":
         released = from_gsop(weights, given.get("gsop_type"))
+    elif source == "moment-probing":
+        released = from_moment_probing(weights, given.get("backbone"))
     else:
         released = from_covariance_pooling(weights, dropcov=source == "dropcov")
     name = model_name or released.model_name
@@ -187,7 +191,7 @@ def _released_base(source: str, path: Path, model_name: str | None, given: dict[
         plain_names(weights) if has_released_names(weights) and source != "gsop" else released.weights,
         released.model_name,
         released.model_kwargs,
-        data_config=IMAGENET,
+        data_config=_of_backbone(released.model_kwargs["backbone"]) if source == "moment-probing" else IMAGENET,
         description=f"a checkpoint of {code.description}, {path.name}",
         license=code.license,
         origin_url=code.repository,
@@ -195,6 +199,12 @@ def _released_base(source: str, path: Path, model_name: str | None, given: dict[
         same_arguments=True,
         assumed=released.assumed,
     )
+
+
+def _of_backbone(name: str) -> dict[str, Any]:
+    """Preprocessing of timm's own weights for a backbone, from which moment probing starts."""
+    cfg = get_arch_pretrained_cfgs(name).get(f"{name}.augreg_in21k") or get_pretrained_cfg(name)
+    return {key: getattr(cfg, key) for key in IMAGENET}
 
 
 def _fit(weights: Weights, model: nn.Module) -> Weights:

@@ -1,5 +1,6 @@
 """The model card: README.md of a repository on the Hugging Face Hub."""
 
+import inspect
 import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, metadata
@@ -13,6 +14,7 @@ from torch import nn
 
 from timm_gsop.hub.hub_folder import NO_LICENSE, HubFolder
 from timm_gsop.hub.operations import model_macs
+from timm_gsop.layers import SecondOrderPool2d
 from timm_gsop.layers.gsop import CovarianceExcitation
 from timm_gsop.models.second_order import backbone_notes
 from timm_gsop.viz.summary import read_summary
@@ -96,6 +98,7 @@ def model_card(
         "Origin": provenance.get("origin_url") and f"<{provenance['origin_url']}>",
         "Blocks": _neutral_blocks(folder.model),
         "Backbone": _backbone(folder),
+        "Head": _head(folder.model),
         "Parameters": f"{sum(p.numel() for p in folder.model.parameters()) / 1e6:.2f} M (measured)",
         "Multiply-accumulates": f"{macs / 1e9:.2f} G for one image of {_times(size)} (measured)",
         "Classes": _classes(folder.config),
@@ -114,6 +117,16 @@ def model_card(
         f"## Citation\n\n```bibtex\n{CITATIONS}\n```",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _head(model: Any) -> str | None:
+    """The head's name, what it does, its own options, and the features that the classifier reads."""
+    pool = model.global_pool
+    if not isinstance(pool, SecondOrderPool2d):
+        return None
+    options = ", ".join(f"{name}={value!r}" for name, value in (model.pool_kwargs or {}).items())
+    what = (inspect.getdoc(type(pool)) or "").splitlines()[0]
+    return f"`{pool.pool_type}`{f' ({options})' if options else ''}: {what} {pool.out_features} features"
 
 
 def _classes(config: dict[str, Any]) -> str:

@@ -53,8 +53,8 @@ def _centre(x: torch.Tensor) -> torch.Tensor:
 def _distances(x: torch.Tensor) -> torch.Tensor:
     centred = _centre(x)
     products = torch.bmm(centred, centred.transpose(1, 2)) / x.shape[2]
-    # Of the product itself, so that the diagonal of the distances is zero exactly.
-    squares = products.diagonal(dim1=1, dim2=2)
+    # Of the product itself, so that the diagonal of the distances is zero exactly; OpenVINO lacks aten::diagonal.
+    squares = (products * torch.eye(x.shape[1], dtype=products.dtype, device=x.device)).sum(dim=2)
     distances = squares.unsqueeze(1) + squares.unsqueeze(2) - 2 * products
     return distances.clamp_min(0).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 

@@ -47,7 +47,8 @@ class CovPool2d(SecondOrderPool2d):
     """
 
     pool_type = "cov"
-    take_when = "you compare: the covariance as it is"
+    take_when = "you want a covariance without a root to compare with"
+    normalization = "not normalized"  # what `normalize` gives, in words
     shared: ClassVar[Mapping[str, str]] = {"isqrt_dim": "dim"}
 
     def __init__(
@@ -112,6 +113,7 @@ class IsqrtCovPool2d(CovPool2d):
 
     pool_type = "isqrt"
     take_when = "you want second-order statistics: start here"
+    normalization = "square root"
     shared: ClassVar[Mapping[str, str]] = {"isqrt_dim": "dim", "isqrt_iters": "num_iters"}
 
     def __init__(
@@ -160,6 +162,7 @@ class MpnCovPool2d(CovPool2d):
 
     pool_type = "mpn"
     take_when = "you want the exact root; not for ONNX"
+    normalization = "square root"
 
     def normalize(self, cov: torch.Tensor) -> torch.Tensor:
         """Square root, (B, dim, dim)."""

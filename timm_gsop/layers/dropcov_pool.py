@@ -103,7 +103,7 @@ class DropCovPool2d(CovPool2d):
     """
 
     pool_type = "dropcov"
-    take_when = "the exact covariance overfits, and a root is too slow"
+    take_when = "you train from scratch, without the cost of a root"
 
     def __init__(
         self,

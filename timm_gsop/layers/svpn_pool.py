@@ -89,7 +89,7 @@ class SvpnPool2d(SecondOrderPool2d):
     """
 
     pool_type = "svpn"
-    take_when = "you fine-tune a transformer"
+    take_when = "you train or fine-tune a transformer"
     takes_token = True
 
     def __init__(

@@ -210,6 +210,16 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         return {*(f"backbone.{name}" for name in names), *super().no_weight_decay()}
 
     @torch.jit.ignore
+    def train(self, mode: bool = True) -> "SecondOrder":
+        """Set training or evaluation; frozen batch normalization of the backbone keeps its statistics in training."""
+        super().train(mode)
+        for module in self.backbone.modules():
+            is_norm = isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.affine
+            if is_norm and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
         """Let the backbone compute activations again in the backward pass, to save memory."""
         self.backbone.set_grad_checkpointing(enable, **kwargs)

@@ -17,8 +17,8 @@ _logger = logging.getLogger(__name__)
 def fit_head(weights: Weights, model: Any, say: bool = True) -> Weights:
     """Replace the head of weights by the network's own, untrained one where they differ in global pooling.
 
-    They differ if only one has covariance pooling, if the sizes of covariance pooling differ, or if the classifiers
-    read different numbers of features. Weights that are incomplete, or do not fit otherwise, are left as they are, for
+    They differ if the pooling's weights have other names or sizes, or if the classifiers read different numbers of
+    features. Weights that are incomplete, or do not fit otherwise, are left as they are, for
     timm to refuse.
 
     Args:
@@ -31,7 +31,7 @@ def fit_head(weights: Weights, model: Any, say: bool = True) -> Weights:
     """
     own = model.state_dict()
     classifier = model.classifier_name
-    theirs, ours = _shape_of_head(weights, classifier), _shape_of_head(own, classifier)
+    theirs, ours = _shapes_of_head(weights, classifier), _shapes_of_head(own, classifier)
     same_width = None in (theirs[1], ours[1]) or theirs[1] == ours[1]
     if theirs[0] == ours[0] and same_width:
         return weights
@@ -68,7 +68,12 @@ def check_isqrt_dim(weights: Weights, model: Any, chosen: bool) -> None:
     )
 
 
-def _shape_of_head(weights: Weights, classifier: str) -> tuple[torch.Size | None, int | None]:
-    """Shape of covariance pooling's reduction, and features that the classifier reads; None where there is none."""
-    reduction, linear = weights.get(REDUCTION), weights.get(f"{classifier}.weight")
-    return (None if reduction is None else reduction.shape), (None if linear is None else linear.shape[1])
+def _shapes_of_head(weights: Weights, classifier: str) -> tuple[dict[str, torch.Size], int | None]:
+    """Shapes of the pooling's weights, but for norms and counts, and features that the classifier reads, if any."""
+    pooling = {
+        name: value.shape
+        for name, value in weights.items()
+        if name.startswith("global_pool.") and value.ndim != 1 and not name.endswith("num_batches_tracked")
+    }
+    linear = weights.get(f"{classifier}.weight")
+    return pooling, (None if linear is None else linear.shape[1])

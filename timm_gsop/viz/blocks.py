@@ -17,7 +17,7 @@ from timm.utils import ParseKwargs
 from torch import nn
 
 from timm_gsop.insert import evaluation_mode
-from timm_gsop.layers import ChannelGsop, IsqrtCovPool2d, MpnCovPool2d, PositionGsop
+from timm_gsop.layers import ChannelGsop, CovPool2d, PositionGsop
 from timm_gsop.viz.figure import check_output, new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -35,9 +35,11 @@ class Record:
     Attributes:
         name: Name of the layer in the model.
         covariance: Its covariance matrix, (d, d).
-        normalized: The matrix after row-wise batch normalization in a block, its square root in covariance pooling.
+        normalized: The matrix after row-wise batch normalization in a block; in covariance pooling its square root, or
+            itself.
         channel_weights: (C,), of a channel-wise block.
         position_weights: (H, W), of a position-wise block.
+        normalization: What ``normalized`` is, in words.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Record:
     normalized: torch.Tensor
     channel_weights: torch.Tensor | None = None
     position_weights: torch.Tensor | None = None
+    normalization: str = "after row-wise BN"
 
 
 @torch.no_grad()
@@ -66,7 +69,7 @@ def record(model: nn.Module, image: torch.Tensor) -> list[Record]:
     layers: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, ChannelGsop | PositionGsop | IsqrtCovPool2d | MpnCovPool2d)
+        if isinstance(module, ChannelGsop | PositionGsop | CovPool2d)
     }
     if not layers:
         raise ValueError(
@@ -92,8 +95,8 @@ def record(model: nn.Module, image: torch.Tensor) -> list[Record]:
 
 def _look_into(name: str, layer: Any, x: torch.Tensor) -> Record:
     covariance = layer.squeeze(x)
-    if isinstance(layer, IsqrtCovPool2d | MpnCovPool2d):
-        return Record(name, covariance[0], layer.normalize(covariance)[0])
+    if isinstance(layer, CovPool2d):
+        return Record(name, covariance[0], layer.normalize(covariance)[0], normalization=layer.normalization)
     normalized = layer.excitation.normalize_rows(covariance)[0, :, :, 0]
     if isinstance(layer, ChannelGsop):
         return Record(name, covariance[0], normalized, channel_weights=layer.weights(x).flatten())
@@ -165,15 +168,10 @@ def draw(records: Sequence[Record], image: Image.Image, title: str = "") -> "Fig
     for row, item in zip(axes[1:], records, strict=True):
         _draw_weights(row[0], item, image)
         size = len(item.covariance)
-        after = "square root" if _is_pooling(item) else "after row-wise BN"
         _draw_matrix(row[1], item.covariance, f"covariance, {size}×{size}")
-        _draw_matrix(row[2], item.normalized, after)
+        _draw_matrix(row[2], item.normalized, item.normalization)
     figure.suptitle(title)
     return figure
-
-
-def _is_pooling(item: Record) -> bool:
-    return item.channel_weights is None and item.position_weights is None
 
 
 def _draw_weights(ax: Any, item: Record, image: Image.Image) -> None:
@@ -194,7 +192,7 @@ def _draw_weights(ax: Any, item: Record, image: Image.Image) -> None:
         ax.figure.colorbar(shown, ax=ax)
         ax.axis("off")
     else:
-        for name, matrix in (("covariance", item.covariance), ("square root", item.normalized)):
+        for name, matrix in {"covariance": item.covariance, item.normalization: item.normalized}.items():
             eigenvalues = np.linalg.eigvalsh(matrix.double().cpu().numpy())[::-1].clip(0)
             ax.plot(eigenvalues / max(eigenvalues[0], 1e-30), label=name)
         ax.set(yscale="log", ylim=(1e-6, 2), xlabel="eigenvalues, relative to the largest")

@@ -1,0 +1,216 @@
+"""The registry of heads, and every head in networks: options, errors, saving, tools."""
+
+import json
+
+import pytest
+import timm
+import torch
+from timm.utils import ParseKwargs
+from torch import nn
+
+from timm_gsop.hub.hub_folder import check_hub_folder, save_hub_folder
+from timm_gsop.hub.model_card import model_card
+from timm_gsop.layers import (
+    SECOND_ORDER_POOLS,
+    CovPool2d,
+    OfficialIsqrtCovPool2d,
+    accepted_arguments,
+    create_second_order_pool,
+    pool_cost,
+)
+from timm_gsop.layers.pool_factory import SHARED
+
+every_pool = pytest.mark.parametrize("pool_type", SECOND_ORDER_POOLS)
+SMALL = dict(isqrt_dim=6, isqrt_iters=2, compact_bilinear_dim=20)
+OPTIONS = {
+    "compact_bilinear": {"seed": 3, "dim": 5},
+    "svpn": {"num_heads": 2, "head_dim": 4, "centring": "channel", "first_moment": False},
+    "moment": {"hidden_dim": 28},
+}
+NETWORKS = {
+    "gsop_resnet26_net1": dict(channels=(8, 16, 24, 32), layers=(1, 1, 1, 1), cov_dim=8, num_classes=5),
+    "second_order": dict(backbone="vit_tiny_patch16_224", depth=2, embed_dim=48, num_classes=5),
+}
+
+
+def create(name: str, pool_type: str, **kwargs) -> nn.Module:
+    options = {"pool_kwargs": OPTIONS[pool_type]} if pool_type in OPTIONS else {}
+    return timm.create_model(name, global_pool=pool_type, **{**NETWORKS[name], **SMALL, **options, **kwargs})
+
+
+def image(name: str, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, *((224, 224) if name == "second_order" else (64, 64)))
+
+
+@every_pool
+def test_a_pool_says_what_it_is_and_costs(pool_type):
+    pool_class = SECOND_ORDER_POOLS[pool_type]
+    assert pool_class.pool_type == pool_type
+    assert pool_class.take_when
+    shared = {name: SMALL[name] for name in accepted_arguments(pool_type) if name in SMALL}
+    pool = create_second_order_pool(pool_type, 48, **shared, pool_kwargs=OPTIONS.get(pool_type)).eval()
+    for name, value in OPTIONS.get(pool_type, {}).items():
+        assert pool_class.options()[name] != value
+    assert pool(torch.randn(3, 48, 5, 4)).shape == (3, pool.out_features)
+    cost, larger = pool_cost(pool, 5, 4), pool_cost(pool, 10, 8)
+    assert cost.params == larger.params == sum(p.numel() for p in pool.parameters())
+    assert larger.macs > cost.macs > 0
+
+
+@every_pool
+def test_what_a_pool_does_not_use_is_refused(pool_type):
+    accepted = accepted_arguments(pool_type)
+    for name, value in {**SMALL, "flavor": "official"}.items():
+        if name in accepted:
+            create_second_order_pool(pool_type, 8, **{name: value})
+        else:
+            message = f"{name}={value!r} is not accepted with pool_type={pool_type!r}, .*accepted: "
+            with pytest.raises(ValueError, match=message + ", ".join(accepted)):
+                create_second_order_pool(pool_type, 8, **{name: value})
+            create_second_order_pool(pool_type, 8, **{name: SHARED[name]})  # the default is that of all networks
+    with pytest.raises(ValueError, match="flavor='bogus' is not accepted; accepted: 'paper', 'official'"):
+        create_second_order_pool(pool_type, 8, flavor="bogus")
+
+
+def test_the_official_flavor_has_its_own_pool():
+    assert type(create_second_order_pool("isqrt", 8, flavor="official")) is OfficialIsqrtCovPool2d
+
+
+@pytest.mark.parametrize(
+    ("pool_type", "pool_kwargs", "message"),
+    [
+        ("svpn", {"heads": 2}, "heads=2, which is no option of global_pool='svpn'; accepted: 'num_heads', 'head_dim'"),
+        ("mpn", {"dim": 8}, "dim=8, .*accepted: none, because it has no options.* Its dim is set by isqrt_dim"),
+        ("avg", {"num_heads": 2}, "no option of global_pool='avg'; accepted: none"),
+        ("svpn", "num_heads=2", "pool_kwargs='num_heads=2' .*must be a dictionary, or None"),
+        ("svpn", {"num_heads": 0}, "num_heads=0 .*integer >= 1"),
+    ],
+)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bad_options_are_named(name, pool_type, pool_kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(name, global_pool=pool_type, pool_kwargs=pool_kwargs, **NETWORKS[name])
+
+
+@every_pool
+@pytest.mark.parametrize("name", NETWORKS)
+def test_in_a_network(name, pool_type, tmp_path):
+    """A step reaches every parameter; what is saved, options included, loads to the bit; the card says what it is."""
+    model = create(name, pool_type).train()
+    for key, value in OPTIONS.get(pool_type, {}).items():
+        assert not hasattr(model.global_pool, key) or getattr(model.global_pool, key) == value
+    x = image(name)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    features = model.eval().forward_features(x)
+    torch.testing.assert_close(model.forward_head(features), model(x), rtol=0, atol=0)
+    torch.testing.assert_close(model.forward_intermediates(x)[0], features, rtol=0, atol=0)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    save_hub_folder(model, tmp_path / "folder")
+    recorded = json.loads((tmp_path / "folder/config.json").read_text())["model_args"].get("pool_kwargs")
+    assert recorded == OPTIONS.get(pool_type)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    card = model_card(check_hub_folder(tmp_path / "folder"), "me/birds")
+    assert f"**Head**: `{pool_type}`" in card
+    assert all(f"{key}={value!r}" in card for key, value in OPTIONS.get(pool_type, {}).items())
+
+
+def test_options_go_with_their_pool(tmp_path):
+    """Another pool has its defaults, also after it was saved; the same pool keeps its weights."""
+    model = create("gsop_resnet26_net1", "svpn").eval()
+    vector = model.global_pool.vector
+    model.reset_classifier(3)
+    assert model.global_pool.vector is vector
+    model.reset_classifier(3, "moment")
+    assert model.global_pool.proj.out_channels == 512
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = image("gsop_resnet26_net1")
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+def test_options_from_train_pys_command_line():
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
+    args = parser.parse_args(["--model-kwargs", "pool_kwargs={'num_heads':3,'head_dim':4}"])
+    model = timm.create_model(
+        "gsop_resnet26_net1", global_pool="svpn", **{**NETWORKS["gsop_resnet26_net1"], **args.model_kwargs}
+    )
+    assert (model.global_pool.num_heads, model.global_pool.head_dim) == (3, 4)
+
+
+@every_pool
+def test_pretrained_weights_of_another_head_leave_it_out(pool_type, tmp_path):
+    """With and without a classifier."""
+    name = "gsop_resnet26_net1"
+    torch.save(create(name, "avg").state_dict(), tmp_path / "weights.pth")
+    overlay = dict(file=str(tmp_path / "weights.pth"), num_classes=5)
+    for classes in (5, 0):
+        model = create(name, pool_type, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes)
+        assert model(image(name)).shape == (2, classes or model.head_hidden_size)
+
+
+@pytest.mark.parametrize("pool_type", ["svpn", "moment"])
+def test_a_head_is_given_the_class_token(pool_type):
+    """The first of the backbone's tokens, in front of the second moments; features are the backbone's own tokens."""
+    model = create("second_order", pool_type, pool_kwargs={**OPTIONS[pool_type], "first_moment": True}).eval()
+    x = image("second_order")
+    tokens = model.backbone.forward_features(x)
+    torch.testing.assert_close(model.forward_features(x), tokens)
+    scale = 0.5 if pool_type == "moment" else 1.0
+    found = model.forward_head(tokens, pre_logits=True)
+    torch.testing.assert_close(found[:, :48], scale * tokens[:, 0])
+    patches = tokens[:, 1:].transpose(1, 2).unsqueeze(3)
+    torch.testing.assert_close(found, model.global_pool(patches, tokens[:, 0]))
+    model.reset_classifier(5, "isqrt")
+    assert model.forward_features(x).shape == (2, 48, 14, 14)
+    assert model(x).shape == (2, 5)
+
+
+def test_without_a_class_token_the_average_comes_first():
+    """Registers are no class tokens."""
+    options = dict(depth=1, embed_dim=48, num_heads=3, img_size=64, num_classes=5, global_pool="svpn")
+    model = timm.create_model("second_order", backbone="vit_medium_patch16_reg4_gap_256", **options).eval()
+    assert model.num_prefix_tokens == 4
+    features = model.forward_features(torch.randn(2, 3, 64, 64))
+    assert features.shape == (2, 48, 4, 4)
+    found = model.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(found[:, :48], features.mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.parametrize("pool_type", ["svpn", "moment"])
+def test_every_way_to_run_a_transformer_with_it(pool_type):
+    """Scripted, traced, exported, compiled in one graph; with the class token where the head takes it."""
+    options = {**OPTIONS.get(pool_type, {})}
+    options.pop("first_moment", None)
+    model = create("second_order", pool_type, pool_kwargs=options).eval()
+    x = image("second_order")
+    expected = model(x)
+    auto = torch.export.Dim.AUTO
+    torch.compiler.reset()
+    ways = dict(
+        script=torch.jit.script(model),
+        trace=torch.jit.trace(model, x),
+        export=torch.export.export(model, (x,), dynamic_shapes=({0: auto},)).module(),
+        compile=torch.compile(model, fullgraph=True, backend="aot_eager"),
+    )
+    for name, way in ways.items():
+        torch.testing.assert_close(way(x), expected, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    "pool_type", [name for name, pool in SECOND_ORDER_POOLS.items() if issubclass(pool, CovPool2d)]
+)
+def test_pictures_of_covariances(pool_type):
+    from timm_gsop.viz import record
+
+    model = create("gsop_resnet26_net1", pool_type, gsop_layers=()).eval()
+    (found,) = record(model, image("gsop_resnet26_net1", 1))
+    assert found.covariance.shape == (6, 6)
+    is_root = pool_type in ("isqrt", "mpn")
+    assert found.normalization == ("square root" if is_root else "not normalized")
+    assert torch.equal(found.normalized, found.covariance) != is_root
