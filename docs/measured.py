@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import timm
@@ -18,7 +17,7 @@ import torch
 
 from benchmarks import ROOT, table, update
 from experiments.plan import PLAN_GPU, RESULTS_GPU
-from experiments.tables import all_tables
+from experiments.tables import all_tables, statistics
 from timm_gsop.hub.operations import count_macs
 from timm_gsop.layers import SECOND_ORDER_POOLS, accepted_arguments
 from timm_gsop.viz.figure import new_figure, save_figure
@@ -169,11 +168,11 @@ def fashion_mnist_runs(folder: str) -> dict[str, list[float]]:
 
 
 def fashion_mnist_table() -> str:
-    """Every run, mean and spread."""
+    """Every run, mean, standard deviation, number and spread."""
     (steps,) = load("fashion_mnist/step_times")["rows"]
     now, before = fashion_mnist_runs("fashion_mnist"), fashion_mnist_runs("fashion_mnist/xeon_amx")
     columns = ["network", "parameters (M)", "MMACs", "training step"]
-    columns += ["top-1 (%) of each seed", "trained before", "mean of all", "spread of all"]
+    columns += ["top-1 (%) of each seed", "trained before", "mean of all", "std", "n", "spread of all"]
     lines = []
     for recipe, name in FASHION_MNIST.items():
         cost, runs = steps["costs"][recipe], now[recipe] + before[recipe]
@@ -181,7 +180,7 @@ def fashion_mnist_table() -> str:
         price = [f"{cost['params'] / 1e6:.3f}", f"{cost['macs'] / 1e6:.1f}"]
         step = f"{steps['alternatives'][recipe]['ratio']:.1f}×"
         each = (", ".join(f"{value:.2f}" for value in top1[recipe]) for top1 in (now, before))
-        lines.append([link, *price, step, *each, f"{mean(runs):.2f}", f"{max(runs) - min(runs):.2f}"])
+        lines.append([link, *price, step, *each, *statistics(runs)])
     return table(columns, lines)
 
 

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -73,13 +73,19 @@ def parameters(run: Run) -> float:
     return sum(p.numel() for p in model.parameters()) / 1e6
 
 
+def statistics(values: Sequence[float]) -> list[str]:
+    """Mean, sample standard deviation, number, and spread of accuracies, as a table shows them."""
+    several = [f"{stdev(values):.2f}", f"{max(values) - min(values):.2f}"] if len(values) > 1 else ["–", "–"]
+    return [f"{mean(values):.2f}", several[0], str(len(values)), several[1]]
+
+
 def table(
     runs: Sequence[Run],
     references: Sequence[str] = (),
     results: Path = RESULTS,
     speeds: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[str]:
-    """A group of the plan as a table in Markdown: accuracy by seed, mean, spread, differences to other rows.
+    """A group of the plan as a table in Markdown: accuracy by seed, statistics, differences to other rows.
 
     Args:
         runs: Those of the group.
@@ -98,7 +104,7 @@ def table(
             rows.setdefault(run.row, {})[run.seed] = accuracy
     kinds = dict(train="training", test="inference") if any(f"{run.group}/{run.row}" in speeds for run in runs) else {}
     heads = ["row", "network", "epochs", "parameters (M)", *kinds.values(), "top-1 (%) of each seed"]
-    heads += ["mean", "spread", *[f"minus {name}, each seed" for name in references]]
+    heads += ["mean", "std", "n", "spread", *[f"minus {name}, each seed" for name in references]]
     lines = []
     for row, found in rows.items():
         run, values = first[row], list(found.values())
@@ -109,7 +115,7 @@ def table(
         cells = [link, label, str(run.epochs), f"{parameters(run):.3f}"]
         own, unit = (speeds.get(f"{run.group}/{name}") for name in (row, references[0] if references else row))
         cells += [f"{unit[kind] / own[kind]:.1f}×" if own and unit else "–" for kind in kinds]
-        cells += [seeds, f"{mean(values):.2f}", f"{max(values) - min(values):.2f}" if len(values) > 1 else "–"]
+        cells += [seeds, *statistics(values)]
         for name in references:
             pairs = [found[seed] - rows[name][seed] for seed in found if seed in rows.get(name, {}) and name != row]
             cells.append(", ".join(f"{pair:+.2f}" for pair in pairs) or "–")

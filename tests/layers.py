@@ -26,7 +26,8 @@ CHANNELS = 64  # the fewest that the official concatenation accepts
 
 
 def _scaling(gsop_type: str, flavor: str) -> Callable[..., nn.Module]:
-    return lambda **dd: create_gsop(gsop_type, CHANNELS, cov_dim=8, spatial_size=3, flavor=flavor, **dd)
+    side = None if gsop_type == "channel" else 3
+    return lambda **dd: create_gsop(gsop_type, CHANNELS, cov_dim=8, spatial_size=side, flavor=flavor, **dd)
 
 
 # Each takes ``device`` and ``dtype``.

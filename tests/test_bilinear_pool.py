@@ -122,6 +122,26 @@ def test_zero_maps_are_zero_with_finite_gradients(kind):
 
 
 @every_pool
+def test_an_empty_batch(kind):
+    pool = CREATE[kind]().eval()
+    x = torch.randn(0, 6, 3, 3, requires_grad=True)
+    y = pool(x)
+    y.sum().backward()
+    assert y.shape == (0, pool.out_features)
+    assert x.grad.shape == x.shape
+
+
+def test_the_gradient_of_a_sketch_where_products_cancel():
+    """Two channels, hashes and signs such that the only element is x0² - x1²: zero for equal ones, its gradient not."""
+    x = torch.ones(1, 2, 1, dtype=torch.float64, requires_grad=True)
+    hashes, signs = torch.tensor([[0, 1], [0, 1]]), torch.tensor([[1, 1], [1, -1]])
+    sketch = compact_bilinear_pool(x, hashes, signs, 2)  # x0² - x1², and x1·x0 - x0·x1, which is always zero
+    assert sketch.tolist() == [[0, 0]]
+    (grad,) = torch.autograd.grad(sketch[0, 0], x, retain_graph=True)
+    torch.testing.assert_close(grad.flatten(), torch.tensor([2.0, -2.0]).double())
+
+
+@every_pool
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_vectors_have_length_one(kind, scale):
     y = CREATE[kind]().eval()(scale * torch.randn(3, 6, 4, 4))

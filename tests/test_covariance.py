@@ -3,7 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timm_gsop import covariance_pool, newton_schulz_sqrt, position_covariance, triu_vectorize
+from timm_gsop import covariance_pool, newton_schulz_sqrt, position_covariance, triu_unvectorize, triu_vectorize
+from timm_gsop.layers import bilinear_pool
+from timm_gsop.layers.covariance import tril_vectorize
 
 LARGE_MEAN = 1e3
 
@@ -73,7 +75,7 @@ def test_is_computed_in_at_least_float32(dtype, expected):
     torch.testing.assert_close(cov.double(), covariance_pool(x.double()), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(4,), (4, 4), (1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(4,), (1, 2, 3, 4, 5)])
 def test_wrong_rank_is_named(shape):
     with pytest.raises(ValueError, match=r"x has shape .* accepted: \(B, C, H, W\)"):
         covariance_pool(torch.zeros(shape))
@@ -84,9 +86,9 @@ def test_triangle_is_row_major_upper():
     assert triu_vectorize(mat).tolist() == [[1, 2, 3, 4, 5, 6]]
 
 
-@pytest.mark.parametrize("shape", [(3, 3), (2, 3, 4), (1, 2, 3, 3)])
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4)])
 def test_triangle_of_non_square_is_named(shape):
-    with pytest.raises(ValueError, match=r"mat has shape .* accepted: \(B, C, C\)"):
+    with pytest.raises(ValueError, match=r"mat has shape .* accepted: \(…, C, C\)"):
         triu_vectorize(torch.zeros(shape))
 
 
@@ -100,3 +102,64 @@ def test_half_precision_does_not_overflow_in_the_covariance(covariance):
     assert cov.max() > 65504
     torch.testing.assert_close(cov.double(), covariance(x.double()), rtol=1e-5, atol=1.0)
     assert newton_schulz_sqrt(cov).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "spatial_dims", "expected"),
+    [
+        ((3, 8), None, (3, 3)),
+        ((3, 2, 4), 2, (3, 3)),
+        ((2, 5, 3, 8), 1, (2, 5, 3, 3)),
+        ((2, 3, 2, 2, 2), 3, (2, 3, 3)),
+        ((0, 5, 3, 8), 1, (0, 5, 3, 3)),
+    ],
+)
+@pytest.mark.parametrize("function", [covariance_pool, bilinear_pool, position_covariance])
+def test_leading_dimensions_and_volumes(function, shape, spatial_dims, expected):
+    x = torch.randn(shape, dtype=torch.float64)
+    result = function(x, spatial_dims=spatial_dims)
+    batch = function(x.reshape(-1, 3, 8) if x.numel() else x.new_empty(0, 3, 8))
+    assert result.shape == (expected if function is not position_covariance else (*expected[:-2], 8, 8))
+    torch.testing.assert_close(result, batch.reshape(result.shape))
+
+
+@pytest.mark.parametrize("function", [covariance_pool, bilinear_pool, position_covariance])
+@pytest.mark.parametrize(
+    ("x", "kwargs", "message"),
+    [
+        (torch.ones(1, 2, 3, dtype=torch.complex64), {}, "x has dtype torch.complex64"),
+        (torch.ones(1, 2, 0), {}, "without positions"),
+        (torch.ones(1, 2, 0, 3), {}, "without positions"),
+        (torch.ones(2, 3), dict(spatial_dims=2), "2 dimensions; accepted: channels and 2"),
+        (torch.ones(2, 3), dict(spatial_dims=0), "spatial_dims=0"),
+    ],
+)
+def test_what_has_no_covariance_is_refused(function, x, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        function(x, **kwargs)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 2), (1, 2, 3)], ids=str)
+def test_weights_of_another_shape_are_named(shape):
+    with pytest.raises(ValueError, match=r"weights has shape .* \(2, 2, 3\) or \(2, 6\)"):
+        covariance_pool(torch.zeros(2, 4, 2, 3), torch.ones(shape))
+
+
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("shape", [(3, 3), (2, 3, 4, 4), (0, 2, 2), (1, 1)])
+def test_triangles_and_back(shape, scale):
+    mat = torch.randn(shape, dtype=torch.float64)
+    mat = mat + mat.mT
+    vectors = triu_vectorize(mat, scale=scale)
+    assert vectors.shape == (*shape[:-2], shape[-1] * (shape[-1] + 1) // 2)
+    torch.testing.assert_close(triu_unvectorize(vectors, scale=scale), mat)
+    torch.testing.assert_close(tril_vectorize(triu_unvectorize(vectors, scale=scale)), tril_vectorize(mat))
+    if scale:
+        torch.testing.assert_close(vectors.norm(dim=-1), torch.linalg.matrix_norm(mat))
+    vectors = vectors.detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: triu_unvectorize(v, scale=scale), vectors)
+
+
+def test_what_is_no_triangle_is_named():
+    with pytest.raises(ValueError, match="vectors has 4 elements"):
+        triu_unvectorize(torch.zeros(2, 4))

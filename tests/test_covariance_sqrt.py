@@ -102,9 +102,7 @@ def test_one_graph_serves_maps_of_all_sizes(how, shape):
         torch.testing.assert_close(run(x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("x", "num_iters", "name"), [(torch.zeros(2, 3), 5, "x"), (torch.zeros(1, 2, 3), 0, "num_iters")]
-)
+@pytest.mark.parametrize(("x", "num_iters", "name"), [(torch.zeros(3), 5, "x"), (torch.zeros(1, 2, 3), 0, "num_iters")])
 def test_bad_arguments_are_named(x, num_iters, name):
     with pytest.raises(ValueError, match=name):
         covariance_sqrt(x, num_iters)

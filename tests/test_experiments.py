@@ -222,7 +222,7 @@ def test_another_number_of_epochs_is_refused(stand_in, tmp_path, run_here):
 
 
 def test_tables_have_what_is_finished(tmp_path):
-    """Mean, spread, and differences seed by seed."""
+    """Mean, standard deviation, number, spread, and differences seed by seed."""
     rows = dict(base=dict(seeds=2), net=dict(recipe="cifar10/gsop_preresnet20_net1", seconds=2, seeds=2), none={})
     runs = load_plan(make_plan(tmp_path, a=group(rows)))
     results = tmp_path / "results"
@@ -235,7 +235,7 @@ def test_tables_have_what_is_finished(tmp_path):
     speeds = {"a/base": dict(train=300.0, test=900.0), "a/net": dict(train=150.0, test=300.0)}
     *_, base, net = table(runs, ["base"], results, speeds)
     assert base.startswith("| [base](../train_configs/cifar10/preresnet20.yaml) |  | 3 | 0.219 | 1.0× | 1.0× |")
-    assert net.endswith("| 2.0× | 3.0× | 74.50, 74.00 | 74.25 | 0.50 | +4.50, +3.00 |")
+    assert net.endswith("| 2.0× | 3.0× | 74.50, 74.00 | 74.25 | 0.35 | 2 | 0.50 | +4.50, +3.00 |")
     found = timm_rows(runs, results)
     assert tuple(found[0]) == COLUMNS
     assert found[0] == dict(

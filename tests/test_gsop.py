@@ -1,6 +1,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,7 +15,7 @@ from benchmarks.timing import saved_bytes
 from tests.layers import randomize
 from tests.oracles import channel_gsop, position_gsop, resize_bilinear
 from timm_gsop import ChannelGsop, FusedGsop, GsopBlock, PositionGsop
-from timm_gsop.layers import FLAVORS, GSOP_TYPES, create_gsop
+from timm_gsop.layers import FLAVORS, GSOP_TYPES, create_gsop, create_second_order_pool
 from timm_gsop.layers.row_conv import RowConv2d
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 6))
@@ -23,7 +24,8 @@ every_kind = pytest.mark.parametrize(("gsop_type", "flavor"), [(t, f) for t in G
 
 def create(gsop_type: str, flavor: str = "paper", **kwargs) -> nn.Module:
     """A small layer of 64 channels, the fewest that the official concatenation accepts."""
-    return create_gsop(gsop_type, 64, cov_dim=4, spatial_size=3, flavor=flavor, **kwargs)
+    side = None if gsop_type == "channel" else 3
+    return create_gsop(gsop_type, 64, cov_dim=4, spatial_size=side, flavor=flavor, **kwargs)
 
 
 def test_channel_block_by_hand():
@@ -269,7 +271,8 @@ def as_attention_layer(gsop_type: str, flavor: str):
     """What timm's ``attn_layer`` takes: channels first, then ``device`` and ``dtype``."""
 
     def attn_layer(channels: int, **kwargs) -> nn.Module:
-        return create_gsop(gsop_type, channels, cov_dim=4, spatial_size=3, flavor=flavor, **kwargs)
+        side = None if gsop_type == "channel" else 3
+        return create_gsop(gsop_type, channels, cov_dim=4, spatial_size=side, flavor=flavor, **kwargs)
 
     return attn_layer
 
@@ -337,3 +340,29 @@ def test_batch_of_one_in_training_is_named(gsop_type):
     assert gsop.eval()(x).shape == x.shape
     timm.utils.freeze(gsop.train())  # frozen batch normalization needs no batch
     assert timm.layers.freeze_batch_norm_2d(gsop)(x).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(gsop_type="channel", spatial_size=8), "spatial_size=8 .* gsop_type='channel', which has none"),
+        (dict(gsop_type="position", stride=2), "stride=2 .* flavor='paper'"),
+        (dict(gsop_type="channel", flavor="bogus"), "flavor='bogus' .* 'paper', 'official'"),
+    ],
+)
+def test_what_a_kind_does_not_have_is_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        create_gsop(channels=8, **kwargs)
+
+
+def test_a_bogus_flavor_of_pooling_is_refused():
+    with pytest.raises(ValueError, match=r"flavor='bogus' .* 'paper', 'official'"):
+        create_second_order_pool("mpn", 8, flavor="bogus")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_integers_of_numpy_make_the_same_layers():
+    size = np.int64(3)
+    layers = [create_gsop("position", np.int64(8), np.int64(4), size), create_second_order_pool("isqrt", 8, size, size)]
+    for layer in layers:
+        torch.jit.script(layer)(torch.randn(2, 8, 4, 4))

@@ -55,7 +55,7 @@ sizes = st.tuples(st.integers(1, 12), st.integers(1, 12))
 
 def layer_of(kind: str, flavor: str) -> nn.Module:
     torch.manual_seed(0)
-    return create_gsop(kind, 64, cov_dim=6, spatial_size=3, flavor=flavor)
+    return create_gsop(kind, 64, cov_dim=6, spatial_size=None if kind == "channel" else 3, flavor=flavor)
 
 
 @CASES
@@ -164,10 +164,6 @@ def test_heads_do_not_hide_nan(pool):
     layer = pool(16, dim=12).eval()
     x = torch.randn(2, 16, 5, 5)
     x[0, 0, 0, 0] = math.nan
-    try:
-        y = layer(x)
-    except torch.linalg.LinAlgError:  # LAPACK says so itself
-        assert pool is MpnCovPool2d
-        return
+    y = layer(x)
     assert y[0].isnan().any()
     assert y[1].isfinite().all()

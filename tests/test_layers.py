@@ -145,11 +145,7 @@ def test_every_way_to_run_it_agrees(name, way):
 def test_what_is_not_finite_is_not_hidden(name, bad):
     layer, x = LAYERS[name]().eval(), features()
     x[1, 2, 3, 3] = bad
-    try:
-        y = layer(x)
-    except torch.linalg.LinAlgError:  # LAPACK says so itself
-        assert "mpn" in name
-        return
+    y = layer(x)
     assert not y[1].isfinite().all()
     assert y[[0, 2, 3]].isfinite().all()
 

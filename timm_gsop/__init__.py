@@ -20,9 +20,12 @@ from timm_gsop.layers import (
     SvpnPool2d,
     covariance_pool,
     covariance_sqrt,
+    eigh_log,
     eigh_power,
+    newton_schulz_inverse_sqrt,
     newton_schulz_sqrt,
     position_covariance,
+    triu_unvectorize,
     triu_vectorize,
 )
 
@@ -45,10 +48,13 @@ __all__ = [
     "__version__",
     "covariance_pool",
     "covariance_sqrt",
+    "eigh_log",
     "eigh_power",
     "insert_gsop",
     "models",
+    "newton_schulz_inverse_sqrt",
     "newton_schulz_sqrt",
     "position_covariance",
+    "triu_unvectorize",
     "triu_vectorize",
 ]

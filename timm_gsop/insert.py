@@ -68,7 +68,8 @@ def insert_gsop(
     sites = {level: _possible_sites(model, calls, level) for level in levels}
     blocks = {}
     for level in levels:
-        gsop = create_gsop(gsop_type, calls.features[level].shape[1], cov_dim, spatial_size, **get_device_dtype(model))
+        side = None if gsop_type == "channel" else spatial_size
+        gsop = create_gsop(gsop_type, calls.features[level].shape[1], cov_dim, side, **get_device_dtype(model))
         if neutral:
             start_at_half(gsop)
         blocks[level] = GsopBlock(gsop, scale=NEUTRAL_SCALE if neutral else 1.0).train(model.training)

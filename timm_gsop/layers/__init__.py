@@ -3,13 +3,13 @@
 from timm_gsop.layers.bdc_pool import BdcPool2d
 from timm_gsop.layers.bilinear_pool import BilinearPool2d, CompactBilinearPool2d, bilinear_pool, compact_bilinear_pool
 from timm_gsop.layers.cov_pool import CovPool2d, IsqrtCovPool2d, MpnCovPool2d
-from timm_gsop.layers.covariance import covariance_pool, position_covariance, triu_vectorize
+from timm_gsop.layers.covariance import covariance_pool, position_covariance, triu_unvectorize, triu_vectorize
 from timm_gsop.layers.covariance_sqrt import covariance_sqrt
 from timm_gsop.layers.dropcov_pool import DropCovPool2d
 from timm_gsop.layers.factory import FLAVORS, GSOP_TYPES, check_gsop, create_gsop
 from timm_gsop.layers.gsop import ChannelGsop, CovarianceExcitation, FusedGsop, Gsop, GsopBlock, PositionGsop
 from timm_gsop.layers.half_gate import NEUTRAL_SCALE, start_at_half
-from timm_gsop.layers.matrix_sqrt import eigh_power, newton_schulz_sqrt
+from timm_gsop.layers.matrix_sqrt import eigh_log, eigh_power, newton_schulz_inverse_sqrt, newton_schulz_sqrt
 from timm_gsop.layers.moment_pool import MomentPool2d
 from timm_gsop.layers.official import (
     OfficialChannelGsop,
@@ -63,10 +63,13 @@ __all__ = [
     "covariance_sqrt",
     "create_gsop",
     "create_second_order_pool",
+    "eigh_log",
     "eigh_power",
+    "newton_schulz_inverse_sqrt",
     "newton_schulz_sqrt",
     "pool_cost",
     "position_covariance",
     "start_at_half",
+    "triu_unvectorize",
     "triu_vectorize",
 ]

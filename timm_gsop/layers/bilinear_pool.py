@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_gsop.checks import check_ndim, check_positive_int
+from timm_gsop.checks import check_features, check_ndim, check_positive_int
 from timm_gsop.layers.channel_reduction import ChannelReduction
 from timm_gsop.layers.gradients import evaluate, function_of_input
+from timm_gsop.layers.leading_dims import flatten_positions, leading_dims_of_features, with_leading_dims
 from timm_gsop.layers.precision import at_least_float32, autocast_disabled
 from timm_gsop.layers.second_order_pool import SecondOrderPool2d
+from timm_gsop.layers.weighted import normalize_weights, weighted_product
 
 __all__ = [
     "BilinearPool2d",
@@ -31,21 +33,25 @@ for _leaf in ("bilinear_pool", "check_ndim", "compact_bilinear_pool"):
     torch.fx.wrap(_leaf)
 
 
-def bilinear_pool(x: torch.Tensor) -> torch.Tensor:
+def bilinear_pool(
+    x: torch.Tensor, weights: torch.Tensor | None = None, spatial_dims: int | None = None
+) -> torch.Tensor:
     r"""Products of all pairs of channels, averaged over the positions of a feature map (bilinear pooling, section 3).
 
     .. math:: G = \frac{1}{M} X X^\top
 
-    It is the covariance between channels without centring.
+    It is the covariance between channels without centring. With weights, products are averaged with them.
 
     Args:
-        x: Features, (B, C, H, W) or (B, C, M), M = H·W positions.
+        x: Features: (B, C, H, W), or (…, C, M) of at most three dimensions.
+        weights: Of the positions, as in :func:`covariance_pool`.
+        spatial_dims: As in :func:`covariance_pool`.
 
     Returns:
-        (B, C, C), symmetric and positive semi-definite, in float32, or in float64 if ``x`` is. Autocast has no effect.
+        (…, C, C), symmetric and positive semi-definite, in float32, or in float64 if ``x`` is. Autocast has no effect.
 
     Raises:
-        ValueError: If ``x`` has neither three nor four dimensions.
+        ValueError: If ``x`` has other dimensions, no positions, or is complex, or ``weights`` has another shape.
 
     Examples:
         >>> x = torch.randn(2, 8, 7, 7)
@@ -53,10 +59,16 @@ def bilinear_pool(x: torch.Tensor) -> torch.Tensor:
         >>> torch.allclose(bilinear_pool(x), pixels @ pixels.mT / 49, atol=1e-5)
         True
     """
-    if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
-        return _gram(x.flatten(2))
-    check_ndim("x", x, (3, 4), "(B, C, H, W) or (B, C, M)")
-    return evaluate(_Gram, _gram, x.flatten(2))
+    if not torch.jit.is_scripting():  # does not know our checks
+        check_features("x", x, weights, spatial_dims)
+    flat = flatten_positions(x, spatial_dims)
+    if weights is not None:
+        products = weighted_product(at_least_float32(flat), normalize_weights(weights, flat))
+    elif torch.jit.is_scripting():  # knows neither autocast nor our gradient
+        products = _gram(flat)
+    else:
+        products = evaluate(_Gram, _gram, flat)
+    return with_leading_dims(products, leading_dims_of_features(x, spatial_dims))
 
 
 def _gram(x: torch.Tensor) -> torch.Tensor:
@@ -80,38 +92,50 @@ def compact_bilinear_pool(
 
     where the count sketch ψ adds channel c, times its sign, to the element that its hash says. For two maps X and Y,
     the inner product of their sketches has the expectation :math:`\sum_{m,n} (x_m^\top y_n)^2` over hashes and signs.
+    Elements smaller than the rounding of the transforms are zero; their gradients are not changed by that.
 
     Args:
-        x: Features, (B, C, H, W) or (B, C, M), M = H·W positions.
+        x: Features: (B, C, H, W), or (…, C, M) of at most three dimensions.
         hashes: For each of the two sketches, the element of each channel, (2, C), integers from 0 to
             ``out_features`` - 1.
         signs: For each of the two sketches, the sign of each channel, (2, C), 1 or -1.
         out_features: Elements of a sketch, D.
 
     Returns:
-        (B, D), in float32, or in float64 if ``x`` is. Autocast has no effect.
+        (…, D), in float32, or in float64 if ``x`` is. Autocast has no effect.
 
     Raises:
-        ValueError: If ``x`` has neither three nor four dimensions.
+        ValueError: If ``x`` has other dimensions, no positions, or is complex.
     """
     if torch.jit.is_scripting():  # knows neither autocast nor our checks
-        return _tensor_sketch(x.flatten(2), hashes, signs, out_features)
-    check_ndim("x", x, (3, 4), "(B, C, H, W) or (B, C, M)")
-    with autocast_disabled(x.device):  # nothing in the gradient multiplies matrices: it needs no guard
-        return _tensor_sketch(x.flatten(2), hashes, signs, out_features)
+        sketch = _tensor_sketch(flatten_positions(x, None), hashes, signs, out_features)
+    else:
+        check_features("x", x)
+        with autocast_disabled(x.device):  # nothing in the gradient multiplies matrices: it needs no guard
+            sketch = _tensor_sketch(flatten_positions(x, None), hashes, signs, out_features)
+    return with_leading_dims(sketch, leading_dims_of_features(x, None))
 
 
 def _tensor_sketch(x: torch.Tensor, hashes: torch.Tensor, signs: torch.Tensor, out_features: int) -> torch.Tensor:
     x = at_least_float32(x).transpose(1, 2)
+    if not _is_tracing() and x.shape[0] == 0:  # which the Fourier transform refuses
+        return x.sum(dim=(1, 2)).unsqueeze(1).expand(0, out_features)
     first = torch.fft.rfft(_count_sketch(x, hashes[0], signs[0], out_features))
     second = torch.fft.rfft(_count_sketch(x, hashes[1], signs[1], out_features))
     # The transform is linear: one transform back, of the sum over positions.
     sketch = torch.fft.irfft((first * second).sum(dim=1), n=out_features)
     # What is smaller than the rounding of the transforms is zero, above all an element that no two hashes add up to.
     # Without this, the square root that follows would make it visible: 1e-8 becomes 1e-4, of a sign by chance. NaN is
-    # not smaller than anything.
+    # not smaller than anything. The gradient passes: what is subtracted is a constant.
     rounding = (2.0**-22 if x.dtype == torch.float32 else 2.0**-51) * x.square().sum(dim=(1, 2)).unsqueeze(1)
-    return torch.where(sketch.abs() < rounding, torch.zeros_like(sketch), sketch)
+    return sketch - torch.where(sketch.abs() < rounding, sketch, torch.zeros_like(sketch)).detach()
+
+
+def _is_tracing() -> bool:
+    """Whether torch.jit.trace records, for which sizes are tensors; TorchScript does not know that function."""
+    if torch.jit.is_scripting():
+        return False
+    return torch.jit.is_tracing()
 
 
 def _count_sketch(x: torch.Tensor, hashes: torch.Tensor, signs: torch.Tensor, out_features: int) -> torch.Tensor:
@@ -125,15 +149,17 @@ def signed_sqrt_normalize(x: torch.Tensor) -> torch.Tensor:
 
     .. math:: y = \mathrm{sign}(x) \sqrt{|x| + 10^{-8}}, \qquad z = y / \lVert y \rVert_2
 
-    The constant bounds the gradient, which would grow without limit near zero and stop convergence. Zeros stay zeros.
+    The constant bounds the gradient, which would grow without limit near zero and stop convergence. At zero the
+    function jumps from -1e-4 to 1e-4 (before the division). There it is zero, and its gradient is defined as zero. The
+    constant is not relative: elements below about 1e-6 feel it, so scale features that are that small.
 
     Args:
-        x: Vectors, (B, D).
+        x: Vectors, (…, D).
 
     Returns:
-        (B, D), each of length one, or zero where ``x`` is.
+        (…, D), each of length one, or zero where ``x`` is, in the dtype of ``x``.
     """
-    return F.normalize(x.sign() * (x.abs() + 1e-8).sqrt(), dim=1)
+    return F.normalize(x.sign() * (x.abs() + 1e-8).sqrt(), dim=-1)
 
 
 class BilinearPool2d(SecondOrderPool2d):

@@ -23,6 +23,7 @@ class ChannelReduction(nn.Sequential):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        in_channels, out_channels = int(in_channels), int(out_channels)  # TorchScript knows no integers of NumPy's
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, device=device, dtype=dtype)
         self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
         self.act: nn.Module = nn.ReLU(inplace=True)

@@ -94,6 +94,9 @@ class CovPool2d(SecondOrderPool2d):
 class IsqrtCovPool2d(CovPool2d):
     """Pooling of iSQRT-COV (CVPR 2018), the end of GSoP-Net2: the covariance's square root by Newton–Schulz.
 
+    Everything after the reduction is computed in at least float32, also under autocast; the output has the dtype of the
+    weights.
+
     Args:
         in_features: Channels of the input.
         dim: Channels after reduction, the size of the covariance matrix; the output has dim·(dim+1)/2 features.
@@ -129,7 +132,7 @@ class IsqrtCovPool2d(CovPool2d):
         check_positive_int("num_iters", num_iters)
         check_choice("act_layer", act_layer, ACT_LAYERS)
         super().__init__(in_features, dim, device=device, dtype=dtype)
-        self.num_iters = num_iters
+        self.num_iters = int(num_iters)  # TorchScript knows no integers of NumPy's
         self.reduction.act = ACT_LAYERS[act_layer](inplace=True)
 
     def normalize(self, cov: torch.Tensor) -> torch.Tensor:
@@ -146,6 +149,9 @@ class IsqrtCovPool2d(CovPool2d):
 
 class MpnCovPool2d(CovPool2d):
     """Pooling of MPN-COV (ICCV 2017): the covariance's square root by eigen-decomposition.
+
+    Everything after the reduction is computed in at least float32, also under autocast; the output has the dtype of the
+    weights.
 
     Args:
         in_features: Channels of the input.

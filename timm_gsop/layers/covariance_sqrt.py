@@ -6,19 +6,23 @@ from typing import Any
 import torch
 from torch.torch_version import TorchVersion
 
-from timm_gsop.checks import check_ndim, check_positive_int
+from timm_gsop.checks import check_features, check_positive_int
 from timm_gsop.layers.bilinear_pool import bilinear_pool
 from timm_gsop.layers.covariance import centre, covariance_pool
 from timm_gsop.layers.gradients import evaluate, without_autocast
+from timm_gsop.layers.leading_dims import flatten_positions, leading_dims_of_features, with_leading_dims
 from timm_gsop.layers.matrix_sqrt import counts_as_zero, newton_schulz_inverse_sqrt, newton_schulz_sqrt
+from timm_gsop.layers.weighted import centre_weighted, normalize_weights
 
 __all__ = ["covariance_sqrt"]
 
 _DYNAMO_KNOWS_INEQUALITIES = TorchVersion(torch.__version__) >= "2.8"
 
 
-def covariance_sqrt(x: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
-    r"""Square root of the covariance between channels, ``newton_schulz_sqrt(covariance_pool(x), num_iters)``.
+def covariance_sqrt(
+    x: torch.Tensor, num_iters: int = 5, weights: torch.Tensor | None = None, spatial_dims: int | None = None
+) -> torch.Tensor:
+    r"""Square root of the covariance between channels, ``newton_schulz_sqrt(covariance_pool(x, weights), num_iters)``.
 
     Where a map has at most half as many positions M as channels C, the iteration runs on M×M matrices instead of C×C.
     With :math:`\bar X` the features, centred and divided by their norm, :math:`\bar X \bar X^\top` is the covariance
@@ -26,17 +30,22 @@ def covariance_sqrt(x: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
 
     .. math:: Y_N(\bar X \bar X^\top) = \bar X \, Z_N(\bar X^\top \bar X) \, \bar X^\top
 
-    for every number of steps N: both ways give the same result, but for rounding.
+    for every number of steps N: both ways give the same result, but for rounding. Weights that need a gradient are the
+    exception: then the iteration runs on C×C matrices, because that of a weight's square root has no limit at zero.
 
     Args:
-        x: Features, (B, C, H, W) or (B, C, M), M = H·W positions. A constant map gives zeros, and zero gradients.
+        x: Features: (B, C, H, W), or (…, C, M) of at most three dimensions. A constant map gives zeros, and zero
+            gradients.
         num_iters: Number of Newton–Schulz iterations N.
+        weights: Of the positions, as in :func:`covariance_pool`.
+        spatial_dims: As in :func:`covariance_pool`.
 
     Returns:
-        (B, C, C), in float32, or in float64 if ``x`` is. Autocast has no effect; PyTorch's TF32 setting has.
+        (…, C, C), in float32, or in float64 if ``x`` is. Autocast has no effect; PyTorch's TF32 setting has.
 
     Raises:
-        ValueError: If ``x`` has neither three nor four dimensions, or ``num_iters`` < 1.
+        ValueError: If ``x`` has other dimensions, no positions, or is complex, ``weights`` has another shape, or
+            ``num_iters`` < 1.
 
     Examples:
         >>> x = torch.randn(2, 64, 3, 3)
@@ -44,14 +53,22 @@ def covariance_sqrt(x: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
         True
     """
     if not torch.jit.is_scripting():  # does not know our checks
-        check_ndim("x", x, (3, 4), "(B, C, H, W) or (B, C, M)")
+        check_features("x", x, weights, spatial_dims)
         check_positive_int("num_iters", num_iters)
-    x = x.flatten(2)
-    if _has_few_positions(x):
-        return _sqrt_from_gram(x, num_iters)
-    cov = covariance_pool(x)
-    del x  # not needed during the iteration
-    return newton_schulz_sqrt(cov, num_iters)
+    leading = leading_dims_of_features(x, spatial_dims)
+    x = flatten_positions(x, spatial_dims)
+    if weights is None and _has_few_positions(x):
+        root = _sqrt_from_gram(centre(x), x.shape[2], num_iters)
+    elif weights is not None and not weights.requires_grad and _has_few_positions(x):
+        weights = normalize_weights(weights, x)
+        root = _sqrt_from_gram(centre_weighted(x, weights) * weights.sqrt()[:, None, :], 1, num_iters)
+    else:
+        if weights is not None:
+            weights = weights.reshape(x.shape[0], x.shape[2])
+        cov = covariance_pool(x, weights)
+        del x  # not needed during the iteration
+        root = newton_schulz_sqrt(cov, num_iters)
+    return with_leading_dims(root, leading)
 
 
 def _has_few_positions(x: torch.Tensor) -> bool:
@@ -77,16 +94,17 @@ def _is_certain(inequality: bool | torch.SymBool) -> bool:
     return inequality
 
 
-def _sqrt_from_gram(x: torch.Tensor, num_iters: int) -> torch.Tensor:
-    centred = centre(x)
-    trace = (centred * centred).sum(dim=(1, 2), keepdim=True) / x.shape[2]
+def _sqrt_from_gram(centred: torch.Tensor, divisor: int, num_iters: int) -> torch.Tensor:
+    """Root of what the centred features, times their transpose, give divided by a number."""
+    # Times, not divided by: OpenVINO takes a sum that is divided for a mean, by whatever it is divided.
+    trace = (centred * centred).sum(dim=(1, 2), keepdim=True) * (1 / divisor)
     is_zero = counts_as_zero(trace)
     # Divided by it first: the inverse root of a tiny matrix, or its gradient, would leave float32's range.
     norm = torch.where(is_zero, torch.ones_like(trace), trace).sqrt()
     centred = centred / norm
     root = _between(centred, newton_schulz_inverse_sqrt(bilinear_pool(centred.transpose(1, 2)), num_iters))
     # The covariance is divided by M, and bilinear_pool divides by C.
-    scale = norm / (x.shape[1] * x.shape[2]) ** 0.5
+    scale = norm / (centred.shape[1] * divisor) ** 0.5
     return root * torch.where(is_zero, torch.zeros_like(scale), scale)
 
 

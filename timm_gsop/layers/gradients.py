@@ -27,14 +27,15 @@ def evaluate(function: type[Function], plain: Callable[..., torch.Tensor], x: to
     Args:
         function: The function with its gradient. The first of its outputs counts, if it has several.
         plain: The same function in plain operations.
-        x: Its input, which alone is differentiated.
-        *args: Its other arguments.
+        x: Its input.
+        *args: Its other arguments; tensors among them are differentiated too.
 
     Returns:
         The value at ``x``.
     """
     with autocast_disabled(x.device):
-        if torch.jit.is_tracing() or not (torch.is_grad_enabled() and x.requires_grad):
+        needs_gradient = any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in (x, *args))
+        if torch.jit.is_tracing() or not (torch.is_grad_enabled() and needs_gradient):
             return plain(x, *args)
         output = function.apply(x, *args)
         return output[0] if isinstance(output, tuple) else output

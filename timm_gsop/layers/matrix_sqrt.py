@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 
-from timm_gsop.checks import check_positive, check_positive_int, check_square
+from timm_gsop.checks import check_nonnegative, check_positive, check_positive_int, check_real_matrices
 from timm_gsop.layers import kernels
 from timm_gsop.layers.exporting import is_exporting
 from timm_gsop.layers.gradients import evaluate, without_autocast
+from timm_gsop.layers.leading_dims import as_batch, with_leading_dims
 from timm_gsop.layers.precision import at_least_float32
 
-__all__ = ["eigh_power", "newton_schulz_inverse_sqrt", "newton_schulz_sqrt"]
+__all__ = ["eigh_log", "eigh_power", "newton_schulz_inverse_sqrt", "newton_schulz_sqrt"]
 
 
 def newton_schulz_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
@@ -22,21 +23,23 @@ def newton_schulz_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
     .. math:: Y_k = \tfrac12 Y_{k-1} (3I - Z_{k-1} Y_{k-1}), \qquad Z_k = \tfrac12 (3I - Z_{k-1} Y_{k-1}) Z_{k-1}
 
     and :math:`\sqrt{\mathrm{tr} \Sigma} \, Y_N` undoes the division. At ``num_iters`` of 3 or 5 the result is far from
-    the exact root where eigenvalues are small; the truncation is part of the model, and regularises it.
+    the exact root where eigenvalues are small; the truncation is part of the model, and regularises it. Derivatives are
+    those of the iteration, first and second ones by reverse mode. Forward mode (``jvp``, ``jacfwd``) works alone, but
+    not over reverse mode: for second derivatives take ``jacrev(jacrev(f))`` and not ``hessian``.
 
     Args:
-        cov: Symmetric positive semi-definite matrices, (B, C, C), of which the symmetric part is read. A zero matrix
+        cov: Symmetric positive semi-definite matrices, (…, C, C), of which the symmetric part is read. A zero matrix
             gives zeros, and zero gradients.
         num_iters: Number of iterations N.
 
     Returns:
-        (B, C, C), in float32, or in float64 if ``cov`` is. Autocast has no effect; PyTorch's TF32 setting has.
+        (…, C, C), in float32, or in float64 if ``cov`` is. Autocast has no effect; PyTorch's TF32 setting has.
 
     Raises:
-        ValueError: If ``cov`` is not a batch of square matrices, or ``num_iters`` < 1.
+        ValueError: If ``cov`` has no square matrices or is complex, or ``num_iters`` < 1.
 
     Examples:
-        >>> cov = torch.diag(torch.tensor([4.0, 1.0]))[None]
+        >>> cov = torch.diag(torch.tensor([4.0, 1.0]))
         >>> torch.allclose(newton_schulz_sqrt(cov, num_iters=20), torch.diag(torch.tensor([2.0, 1.0])))
         True
     """
@@ -46,11 +49,22 @@ def newton_schulz_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
 def newton_schulz_inverse_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.Tensor:
     r"""Approximate inverse square root by Newton–Schulz iterations, :math:`Z_N / \sqrt{\mathrm{tr} \Sigma}`.
 
-    It is the other half of the iteration of :func:`newton_schulz_sqrt`: Σ times it is what that function returns.
-    Arguments, dtypes and errors are the same.
+    It is the other half of the iteration of :func:`newton_schulz_sqrt`: Σ times it is what that function returns. It
+    whitens: with the features X, centred, the covariance of :math:`\Sigma^{-1/2} X` is near I.
+
+    Args:
+        cov: Symmetric positive semi-definite matrices, (…, C, C), of which the symmetric part is read. A zero matrix
+            gives zeros, and zero gradients.
+        num_iters: Number of iterations N.
+
+    Returns:
+        (…, C, C), in float32, or in float64 if ``cov`` is. Autocast has no effect; PyTorch's TF32 setting has.
+
+    Raises:
+        ValueError: If ``cov`` has no square matrices or is complex, or ``num_iters`` < 1.
 
     Examples:
-        >>> cov = torch.diag(torch.tensor([4.0, 1.0]))[None]
+        >>> cov = torch.diag(torch.tensor([4.0, 1.0]))
         >>> torch.allclose(newton_schulz_inverse_sqrt(cov, num_iters=20), torch.diag(torch.tensor([0.5, 1.0])))
         True
     """
@@ -58,11 +72,15 @@ def newton_schulz_inverse_sqrt(cov: torch.Tensor, num_iters: int = 5) -> torch.T
 
 
 def _root(cov: torch.Tensor, num_iters: int, inverse: bool) -> torch.Tensor:
-    if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
-        return _newton_schulz(at_least_float32(cov), num_iters, inverse)
-    check_square("cov", cov)
-    check_positive_int("num_iters", num_iters)
-    return evaluate(_NewtonSchulz, _newton_schulz, at_least_float32(cov), num_iters, inverse)
+    if not torch.jit.is_scripting():  # does not know our checks
+        check_real_matrices("cov", cov)
+        check_positive_int("num_iters", num_iters)
+    batch = at_least_float32(as_batch(cov))
+    if torch.jit.is_scripting():  # knows neither autocast nor our gradient
+        root = _newton_schulz(batch, num_iters, inverse)
+    else:
+        root = evaluate(_NewtonSchulz, _newton_schulz, batch, int(num_iters), inverse)
+    return with_leading_dims(root, list(cov.shape[:-2]))
 
 
 def _newton_schulz(cov: torch.Tensor, num_iters: int, inverse: bool) -> torch.Tensor:
@@ -90,7 +108,8 @@ def _newton_schulz(cov: torch.Tensor, num_iters: int, inverse: bool) -> torch.Te
 
 def counts_as_zero(trace: torch.Tensor) -> torch.Tensor:
     """Where a covariance is zero (a constant map), by its trace. NaN is not zero, and passes through."""
-    return trace <= 1e-30  # guards 0/0 only, far below every real trace
+    # Guards 0/0 only, far below every real trace.
+    return trace <= (1e-30 if trace.dtype == torch.float32 else 1e-300)
 
 
 def _normalize(cov: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -308,39 +327,103 @@ def eigh_power(cov: torch.Tensor, power: float = 0.5) -> torch.Tensor:
     r"""Matrix power by eigen-decomposition (MPN-COV, ICCV 2017), :math:`U \Lambda^p U^\top`.
 
     Eigenvalues up to C · eps times the largest count as zero: they stay zero, and no gradient flows between two of
-    them. The gradient is the Daleckii–Krein formula, finite also for repeated eigenvalues, unlike that of
-    ``torch.linalg.eigh``.
+    them. First and second derivatives are divided differences (Daleckii–Krein), finite and right for repeated
+    eigenvalues too, unlike those of ``torch.linalg.eigh``. Third derivatives, and what TorchScript or a trace makes of
+    gradients, are PyTorch's own, and need eigenvalues that differ; so does forward mode (``jvp``, ``jacfwd``). A second
+    derivative takes memory for C³ numbers, and ``jacrev(jacrev(f))``, because ``hessian`` uses forward mode.
 
     Args:
-        cov: Symmetric positive semi-definite matrices, (B, C, C). A zero matrix gives zeros, and zero gradients.
+        cov: Symmetric positive semi-definite matrices, (…, C, C), of which the symmetric part is read. A zero matrix
+            gives zeros, and zero gradients. One that is not finite gives NaN, for itself alone.
         power: The exponent, > 0.
 
     Returns:
-        (B, C, C), in float32, or in float64 if ``cov`` is. Autocast has no effect.
+        (…, C, C), in float32, or in float64 if ``cov`` is. Autocast has no effect.
 
     Raises:
-        ValueError: If ``cov`` is not a batch of square matrices, or ``power`` is not positive.
+        ValueError: If ``cov`` has no square matrices or is complex, or ``power`` is not positive.
 
     Examples:
-        >>> cov = torch.diag(torch.tensor([4.0, 1.0]))[None]
+        >>> cov = torch.diag(torch.tensor([4.0, 1.0]))
         >>> torch.allclose(eigh_power(cov) @ eigh_power(cov), cov)
         True
     """
-    if torch.jit.is_scripting():  # knows neither autocast nor our checks, nor our gradient
-        return _eigh_power(at_least_float32(cov), power)
-    check_square("cov", cov)
-    check_positive("power", power)
-    return evaluate(_EighPower, _eigh_power, at_least_float32(cov), power)
+    if not torch.jit.is_scripting():  # does not know our checks
+        check_positive("power", power)
+    return _exact(cov, power, False)
 
 
-def _eigh_power(cov: torch.Tensor, power: float) -> torch.Tensor:
-    eigenvalues, eigenvectors = torch.linalg.eigh(cov)
-    return _power_from_eigh(eigenvalues, eigenvectors, power)
+def eigh_log(cov: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    r"""Matrix logarithm by eigen-decomposition, :math:`\log(\Sigma + \epsilon I)`.
+
+    The log-Euclidean distance of two covariances is the norm of the difference of their logarithms (Arsigny et al.,
+    2006). Derivatives are those of :func:`eigh_power`, and end where they do.
+
+    Args:
+        cov: Symmetric positive semi-definite matrices, (…, C, C), of which the symmetric part is read. Negative
+            eigenvalues count as zero. One that is not finite gives NaN, for itself alone.
+        eps: ε, >= 0, added to the eigenvalues. With 0, singular matrices give infinities.
+
+    Returns:
+        (…, C, C), in float32, or in float64 if ``cov`` is. Autocast has no effect.
+
+    Raises:
+        ValueError: If ``cov`` has no square matrices or is complex, or ``eps`` is negative.
+
+    Examples:
+        >>> cov = torch.diag(torch.tensor([1.0, 2.718281828])).double()
+        >>> torch.allclose(eigh_log(cov, eps=0.0), torch.diag(torch.tensor([0.0, 1.0])).double())
+        True
+    """
+    if not torch.jit.is_scripting():  # does not know our checks
+        check_nonnegative("eps", eps)
+    return _exact(cov, eps, True)
 
 
-def _nonzero_eigenvalues(eigenvalues: torch.Tensor) -> torch.Tensor:
+def _exact(cov: torch.Tensor, parameter: float, log: bool) -> torch.Tensor:
+    if not torch.jit.is_scripting():
+        check_real_matrices("cov", cov)
+    batch = at_least_float32(as_batch(cov))
+    if torch.jit.is_scripting():  # knows neither autocast nor our gradient
+        result = _eigh_function(batch, parameter, log)
+    else:
+        result = evaluate(_EighFunction, _eigh_function, batch, parameter, log)
+    return with_leading_dims(result, list(cov.shape[:-2]))
+
+
+def _eigh(cov: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of the symmetric part; those of a matrix that is not finite are NaN."""
+    is_finite = cov.isfinite().all(dim=2).all(dim=1)
+    # LAPACK raises for a batch that has one NaN, and CUDA's library returns zeros.
+    symmetric = torch.where(is_finite[:, None, None], 0.5 * _plus_transpose(cov), torch.zeros_like(cov))
+    # Nor does it converge for some tiny matrices, whose squares underflow.
+    largest = symmetric.detach().abs().amax(dim=[1, 2], keepdim=True)
+    largest = torch.where(largest == 0, torch.ones_like(largest), largest)
+    eigenvalues, eigenvectors = torch.linalg.eigh(symmetric / largest)
+    eigenvalues = eigenvalues * largest[:, :, 0]
+    return torch.where(is_finite[:, None], eigenvalues, torch.full_like(eigenvalues, float("nan"))), eigenvectors
+
+
+def _eigh_function(cov: torch.Tensor, parameter: float, log: bool) -> torch.Tensor:
+    """The logarithm with epsilon ``parameter``, or the power with that exponent."""
+    eigenvalues, eigenvectors = _eigh(cov)
+    return _assemble(_function(_prepared(eigenvalues, parameter, log), parameter, log), eigenvectors)
+
+
+def _assemble(values: torch.Tensor, eigenvectors: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(eigenvectors * values[:, None, :], eigenvectors.transpose(1, 2))
+
+
+def _prepared(eigenvalues: torch.Tensor, parameter: float, log: bool) -> torch.Tensor:
+    """Eigenvalues as the function takes them: without those that are rounding, for the logarithm with epsilon."""
+    if log:
+        return eigenvalues.clamp_min(0) + parameter
     bound = eigenvalues.shape[1] * _eps(eigenvalues) * eigenvalues[:, -1:]
-    return torch.where(eigenvalues > bound, eigenvalues, torch.zeros_like(eigenvalues))
+    return torch.where(eigenvalues <= bound, torch.zeros_like(eigenvalues), eigenvalues)  # NaN stays
+
+
+def _function(values: torch.Tensor, parameter: float, log: bool) -> torch.Tensor:
+    return values.log() if log else values**parameter
 
 
 def _eps(x: torch.Tensor) -> float:
@@ -348,43 +431,110 @@ def _eps(x: torch.Tensor) -> float:
     return 2.0**-23 if x.dtype == torch.float32 else 2.0**-52
 
 
-def _power_from_eigh(eigenvalues: torch.Tensor, eigenvectors: torch.Tensor, power: float) -> torch.Tensor:
-    powers = _nonzero_eigenvalues(eigenvalues) ** power
-    return torch.bmm(eigenvectors * powers[:, None, :], eigenvectors.transpose(1, 2))
+def _quotients(a: torch.Tensor, b: torch.Tensor, parameter: float, log: bool) -> torch.Tensor:
+    """Divided differences (f(a) - f(b)) / (a - b) of the power or logarithm, f'(a) where they meet, 0 if both are 0.
+
+    By log1p and expm1 of the relative difference: no digits are lost between neighbours.
+    """
+    low, high = torch.minimum(a, b), torch.maximum(a, b)
+    is_zero = low == 0
+    base = torch.where(is_zero, torch.ones_like(low), low)
+    relative = torch.where(is_zero, torch.zeros_like(low), (high - base) / base)
+    meet = relative == 0
+    difference = torch.where(meet, torch.ones_like(relative), relative)
+    if log:
+        return torch.where(meet, 1 / low, difference.log1p() / (difference * base))
+    slope = base ** (parameter - 1)
+    quotient = torch.where(meet, parameter * slope, slope * torch.expm1(parameter * difference.log1p()) / difference)
+    with_zero = torch.where(high == 0, high, torch.where(high == 0, base, high) ** (parameter - 1))
+    return torch.where(is_zero, with_zero, quotient)
 
 
-class _EighPower(torch.autograd.Function):
+def _second_quotients(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, parameter: float, log: bool) -> torch.Tensor:
+    """Divided differences of three values, f''(m) / 2 where they meet, 0 if all are 0."""
+    low, high = torch.minimum(torch.minimum(a, b), c), torch.maximum(torch.maximum(a, b), c)
+    middle = torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
+    # Nearer than this, the quotient loses more digits than the derivative at the mean lacks.
+    meet = high - low <= _eps(a) ** (1 / 3) * high
+    mean = (low + middle + high) / 3
+    mean = torch.where(mean == 0, torch.ones_like(mean), mean)
+    half = -0.5 / mean.square() if log else 0.5 * parameter * (parameter - 1) * mean ** (parameter - 2)
+    difference = torch.where(meet, torch.ones_like(high), high - low)
+    upper, lower = (_quotients(*pair, parameter, log) for pair in ((middle, high), (low, middle)))
+    result = torch.where(meet, half, (upper - lower) / difference)
+    return torch.where(high == 0, torch.zeros_like(result), result)
+
+
+def _first_derivative(
+    values: torch.Tensor, eigenvectors: torch.Tensor, direction: torch.Tensor, parameter: float, log: bool
+) -> torch.Tensor:
+    """Derivative of the function of a matrix in a direction, of which the symmetric part counts: its own adjoint."""
+    turned = eigenvectors.transpose(1, 2)
+    inner = torch.bmm(turned, torch.bmm(0.5 * _plus_transpose(direction), eigenvectors))
+    inner = inner * _quotients(values[:, :, None], values[:, None, :], parameter, log)
+    return torch.bmm(eigenvectors, torch.bmm(inner, turned))
+
+
+class _EighFunction(torch.autograd.Function):
     generate_vmap_rule = True  # for torch.func
 
     @staticmethod
-    def forward(cov: torch.Tensor, power: float) -> tuple[torch.Tensor, ...]:
-        eigenvalues, eigenvectors = torch.linalg.eigh(cov)
-        return _power_from_eigh(eigenvalues, eigenvectors, power), eigenvalues, eigenvectors
+    def forward(cov: torch.Tensor, parameter: float, log: bool) -> tuple[torch.Tensor, ...]:
+        eigenvalues, eigenvectors = _eigh(cov)
+        values = _prepared(eigenvalues, parameter, log)
+        return _assemble(_function(values, parameter, log), eigenvectors), values, eigenvectors
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, float], output: tuple[torch.Tensor, ...]) -> None:
-        cov, ctx.power = inputs
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, float, bool], output: tuple[torch.Tensor, ...]) -> None:
+        cov, ctx.parameter, ctx.log = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(cov, *output[1:])
 
     @staticmethod
     @without_autocast
-    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
-        cov, eigenvalues, eigenvectors = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted: let it see how these depend on cov
-            eigenvalues, eigenvectors = torch.linalg.eigh(cov)
-        quotients = _difference_quotients(_nonzero_eigenvalues(eigenvalues), ctx.power)
-        inner = torch.bmm(eigenvectors.transpose(1, 2), torch.bmm(grad, eigenvectors))
-        return torch.bmm(eigenvectors, torch.bmm(quotients * inner, eigenvectors.transpose(1, 2))), None
+    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cov, values, eigenvectors = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            derivative = _EighDerivative.apply(cov, grad, values, eigenvectors, ctx.parameter, ctx.log)
+            return derivative, None, None
+        return _first_derivative(values, eigenvectors, grad, ctx.parameter, ctx.log), None, None
 
 
-def _difference_quotients(values: torch.Tensor, power: float) -> torch.Tensor:
-    """(a^p - b^p) / (a - b) for every pair of eigenvalues, p · a^(p-1) where they meet, 0 where both are zero."""
-    a, b = values[:, :, None], values[:, None, :]
-    middle = (a + b) / 2
-    is_zero = middle == 0
-    middle = torch.where(is_zero, torch.ones_like(middle), middle)
-    meet = (a - b).abs() <= _eps(values) ** 0.5 * middle  # closer, the quotient loses half its digits
-    difference = torch.where(meet, torch.ones_like(middle), a - b)
-    quotient = torch.where(meet, power * middle ** (power - 1), (a**power - b**power) / difference)
-    return torch.where(is_zero, torch.zeros_like(quotient), quotient)
+class _EighDerivative(torch.autograd.Function):
+    """The derivative of a function of matrices in a direction, with its own derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        cov: torch.Tensor,
+        direction: torch.Tensor,
+        values: torch.Tensor,
+        eigenvectors: torch.Tensor,
+        parameter: float,
+        log: bool,
+    ) -> torch.Tensor:
+        return _first_derivative(values, eigenvectors, direction, parameter, log)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        *tensors, ctx.parameter, ctx.log = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cov, direction, values, eigenvectors = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a third derivative may be wanted: let it see how these depend on cov
+            eigenvalues, eigenvectors = _eigh(cov)
+            values = _prepared(eigenvalues, ctx.parameter, ctx.log)
+        turned = eigenvectors.transpose(1, 2)
+        first, second = (
+            torch.bmm(turned, torch.bmm(0.5 * _plus_transpose(mat), eigenvectors)) for mat in (direction, grad)
+        )
+        a, b, c = values[:, :, None, None], values[:, None, :, None], values[:, None, None, :]
+        quotients = _second_quotients(a, b, c, ctx.parameter, ctx.log)
+        inner = torch.einsum("bikj,bik,bkj->bij", quotients, first, second)
+        of_cov = torch.bmm(eigenvectors, torch.bmm(_plus_transpose(inner), turned))
+        of_direction = _first_derivative(values, eigenvectors, grad, ctx.parameter, ctx.log)
+        return of_cov, of_direction, None, None, None, None

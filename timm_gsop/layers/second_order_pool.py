@@ -56,8 +56,8 @@ class SecondOrderPool2d(nn.Module):
         super().__init__()
         check_positive_int("in_features", in_features)
         check_positive_int("out_features", out_features)
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features = int(in_features)  # TorchScript knows no integers of NumPy's
+        self.out_features = int(out_features)
 
     @classmethod
     def options(cls) -> dict[str, Any]:
