@@ -1,24 +1,15 @@
-"""Textures that no average tells apart, and a GSoP block that does: python examples/textures.py takes about a minute.
-
-Responses of frozen filters have mean 0 and variance 1 in their image, before a ReLU: averages then say nothing.
-"""
-
-import argparse
-from pathlib import Path
+"""Textures that no average tells apart, and a GSoP block that does: python examples/textures.py takes a minute."""
 
 import torch
 from timm.layers import SEModule
 from torch import nn
 
 from timm_gsop import ChannelGsop, GsopBlock, covariance_pool, covariance_sqrt, eigh_power, triu_vectorize
-from timm_gsop.viz.figure import new_figure, save_figure
+from timm_gsop.viz.figure import new_figure
 
 BLOCKS = {"SE, average": lambda: SEModule(24, 1.0), "GSoP block, average": lambda: ChannelGsop(24, 24)}
-POOLS = {
-    "covariance": covariance_pool,
-    "iSQRT": covariance_sqrt,
-    "exact root": lambda x: eigh_power(covariance_pool(x)),
-}
+POOLS = {"covariance": covariance_pool, "iSQRT": covariance_sqrt}
+POOLS["exact root"] = lambda x: eigh_power(covariance_pool(x))
 ROWS = ["average", *BLOCKS, *POOLS]
 
 
@@ -30,8 +21,7 @@ def textures(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     peaks = sum((-(at[:, None] - place).square().sum(0) / 0.005).exp() for place in (peak, -peak))[y]
     slopes = at.square().sum(0).clamp_min(1e-3) ** -(0.6 + 1.2 * torch.rand(count, 1, 1, generator=random))
     power = slopes / slopes.mean((1, 2), keepdim=True) + 0.12 * peaks / peaks.mean((1, 2), keepdim=True)
-    noise = torch.fft.fft2(torch.randn(count, 32, 32, generator=random))
-    return torch.fft.ifft2(noise * power.sqrt()).real[:, None], y
+    return torch.fft.ifft2(torch.fft.fft2(torch.randn(count, 32, 32, generator=random)) * power.sqrt()).real[:, None], y
 
 
 def accuracy(row: str, trained: bool, seed: int, images: int = 1000, epochs: int = 20, lr: float = 0.1) -> float:
@@ -56,18 +46,14 @@ def accuracy(row: str, trained: bool, seed: int, images: int = 1000, epochs: int
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output", type=Path, nargs="?", default=Path("textures.png"))
-    (x, y), output, figure = textures(100, 0), parser.parse_args().output, new_figure(9, 5)
+    (x, y), figure = textures(100, 0), new_figure(9, 5)
     pictures, bars = figure.subplots(2, 1, height_ratios=(1, 3))
-    pictures.imshow(torch.cat([nn.ZeroPad2d((2, 2))(x[y == k][0, 0]) for k in range(10)], dim=1), cmap="gray")
+    pictures.imshow(torch.hstack([nn.ZeroPad2d(2)(x[y == k][0, 0]) for k in range(10)]), cmap="gray")
     pictures.set_axis_off()
     for i, filters in enumerate(("frozen filters", "trained filters")):
         scores = torch.tensor([[accuracy(row, bool(i), seed) for seed in (1, 2, 3)] for row in ROWS])
-        print(
-            filters, *(f"{row} {s.mean():.1f} ± {s.std():.1f}" for row, s in zip(ROWS, scores, strict=True)), sep="; "
-        )
+        print(filters, ROWS, "mean", scores.mean(1), "standard deviation", scores.std(1))
         bars.bar_label(bars.barh(torch.arange(6) + 0.4 * i, scores.mean(1), 0.4, label=filters), fmt="%.1f")
     bars.set(yticks=torch.arange(6) + 0.2, yticklabels=ROWS, xlabel="accuracy (%)", xlim=(0, 109), ylim=(6, -1))
     bars.legend(loc="upper right", ncols=2)
-    save_figure(figure, output, dpi=100)
+    figure.savefig("textures.png", dpi=100)

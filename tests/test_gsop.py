@@ -347,6 +347,7 @@ def test_batch_of_one_in_training_is_named(gsop_type):
     [
         (dict(gsop_type="channel", spatial_size=8), "spatial_size=8 .* gsop_type='channel', which has none"),
         (dict(gsop_type="position", stride=2), "stride=2 .* flavor='paper'"),
+        (dict(gsop_type="position", stride=2, flavor="official"), "stride=2 .* gsop_type='position'"),
         (dict(gsop_type="channel", flavor="bogus"), "flavor='bogus' .* 'paper', 'official'"),
     ],
 )

@@ -42,8 +42,7 @@ def create_gsop(
         cov_dim: Channels after reduction.
         spatial_size: By position: side of the square that the map is pooled to; None for 8. By channel there is none.
         flavor: One of ``FLAVORS``: as in the paper's text, or as in its authors' released code.
-        stride: Of the official flavor by channel: stride of the reduction. By position there is none, and it is
-            ignored: networks pass theirs to every kind.
+        stride: Of the official flavor by channel: stride of the reduction.
         device: Device of the weights.
         dtype: Precision of the weights.
 
@@ -59,6 +58,8 @@ def create_gsop(
         raise ValueError(f"spatial_size={spatial_size!r} is not accepted with gsop_type='channel', which has none.")
     if flavor == "paper" and stride != 1:
         raise ValueError(f"stride={stride!r} is not accepted with flavor='paper'; accepted: 1, or flavor='official'.")
+    if gsop_type == "position" and stride != 1:
+        raise ValueError(f"stride={stride!r} is not accepted with gsop_type='position', which has none.")
     # TorchScript knows no integers of NumPy's.
     channels, cov_dim, stride = int(channels), int(cov_dim), int(stride)
     spatial_size = 8 if spatial_size is None else int(spatial_size)

@@ -79,6 +79,7 @@ class GsopMixin(GlobalPoolMixin):
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         super().__init__(num_classes=0, global_pool="", drop_rate=drop_rate, **dd, **kwargs)  # type: ignore[call-arg]
         self.flavor = flavor
+        self.gsop_type = gsop_type
         side = None if gsop_type == "channel" else spatial_size
         create = partial(create_gsop, gsop_type, cov_dim=cov_dim, spatial_size=side, flavor=flavor, **dd)
         for stage in sorted(gsop_layers):

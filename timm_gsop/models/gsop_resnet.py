@@ -98,7 +98,7 @@ class GsopResNet(GsopMixin, ResNet):
     def add_blocks(self, stage: int, create: Callable[..., nn.Module]) -> None:
         """Append a block to a stage, or, in the official flavor, put it where timm's last block has its attention."""
         layer = self.get_submodule(f"layer{stage}")
-        stride = 2 if stage == 1 and self.flavor == "official" else 1
+        stride = 2 if stage == 1 and self.flavor == "official" and self.gsop_type != "position" else 1
         gsop = create(self.feature_info[stage]["num_chs"], stride=stride)
         if self.flavor == "paper":
             layer.append(GsopBlock(gsop))
