@@ -424,7 +424,7 @@ class GsopBlock(nn.Module):
 
     @property
     def in_one_pass(self) -> bool:
-        """Whether the layer adds the shortcut itself. Asked at each call: the layer may be wrapped or exchanged."""
+        """Whether the layer adds the shortcut itself. Asked at each call, for the layer may be wrapped or exchanged."""
         # A forward of its own, of the class or of this object, need not know a shortcut.
         return getattr(self.gsop.forward, "__func__", None) is Gsop.forward and not output_is_hooked(self.gsop)
 
