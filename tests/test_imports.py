@@ -14,14 +14,15 @@ ALLOWED = {
     "__main__": {"__version__", "layers", "pretrained"},
     "attach": {"layers"},
     "checks": set(),
+    "complete_file": set(),
     "data": {"checks"},
-    "hub": {"checks", "hub", "layers", "models", "pretrained", "viz"},
+    "hub": {"checks", "complete_file", "hub", "layers", "models", "pretrained", "viz"},
     "insert": {"attach", "checks", "layers"},
     "layers": {"checks", "layers"},
     "models": {"attach", "checks", "insert", "layers", "models", "pretrained"},
-    "pretrained": {"checks", "layers", "pretrained"},
-    "probe": {"checks", "hub", "layers", "models", "probe", "viz"},
-    "viz": {"insert", "layers", "viz"},
+    "pretrained": {"checks", "complete_file", "layers", "pretrained"},
+    "probe": {"checks", "complete_file", "hub", "layers", "models", "probe", "viz"},
+    "viz": {"complete_file", "insert", "layers", "viz"},
 }
 
 

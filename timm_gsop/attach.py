@@ -257,19 +257,18 @@ def _make_saved_names_attributes(model: nn.Module) -> None:
             holder.__dict__[CHILD] = modules[own.removesuffix(".")]  # no child: it has its place
 
 
-def group_with_blocks(model: Any, coarse: bool = False, matcher: Any = None) -> Callable[[str], int]:
+def group_with_blocks(model: Any, matcher: Any, coarse: bool = False) -> Callable[[str], int]:
     """Group a model's parameters by depth, for layer-wise learning rates, each block with its stage.
 
     Args:
         model: The model.
+        matcher: The model's own ``group_matcher``.
         coarse: Whether stages are groups, as in timm.
-        matcher: The model's own ``group_matcher``; None for none, and one group.
 
     Returns:
         A function from the name of a parameter to its group, counted from 0.
     """
-    matched = matcher(coarse=coarse) if matcher is not None else lambda name: 0
-    groups: dict[str, int] = group_parameters(model, matched, reverse=True)
+    groups: dict[str, int] = group_parameters(model, matcher(coarse=coarse), reverse=True)
     of_blocks = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, GsopBlock))
     grouped, before = {}, 0
     for name, _ in model.named_parameters():  # what is registered before a block is of its stage

@@ -75,7 +75,7 @@ def insert_gsop(
         blocks[level] = GsopBlock(gsop, scale=NEUTRAL_SCALE if neutral else 1.0).train(model.training)
     _attach_where_called_once(model, blocks, sites)
     if blocks and hasattr(model, "group_matcher"):
-        grouped: Any = partial(group_with_blocks, model, matcher=model.group_matcher)
+        grouped: Any = partial(group_with_blocks, model, model.group_matcher)
         model.group_matcher = grouped
     return model
 
@@ -183,7 +183,8 @@ def _attach_where_called_once(model: nn.Module, blocks: dict[int, GsopBlock], si
             pending = [level for level in blocks if calls[level] != 1 or not made[level]]
             for level in reversed(pending):
                 detach.pop(level)()
-                tried[level] = [path for path in tried[level] if calls[level] == 1 or path != tried[level][-1]]
+                if calls[level] != 1:
+                    tried[level].pop()
     except BaseException:
         for undo in reversed(detach.values()):
             undo()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from timm_gsop.complete_file import replacing
 from timm_gsop.hub.conversion import convert
 from timm_gsop.pretrained.digests import origin_digest, sha256_of
 from timm_gsop.pretrained.download import DownloadError, download_file
@@ -106,6 +107,5 @@ def _loaded(row: dict[str, Any]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -266,8 +266,9 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         reset_parameters(self.backbone)
         if hasattr(self.backbone, "init_weights"):
             self.backbone.init_weights(*args, **kwargs)
-        for part in (self.backbone, self.global_pool, self.fc):
-            reset_parameters(part, package="" if part is not self.backbone else "timm_gsop.layers.")
+        reset_parameters(self.backbone, package="timm_gsop.layers.")
+        reset_parameters(self.global_pool)
+        reset_parameters(self.fc)
         for block in self.backbone.modules():
             if isinstance(block, GsopBlock) and block.scale == NEUTRAL_SCALE:
                 start_at_half(block.gsop)

@@ -11,6 +11,8 @@ import re
 from functools import cache
 from pathlib import Path
 
+from timm_gsop.complete_file import replacing
+
 __all__ = [
     "HUB_ORGANISATION",
     "SHIPPED",
@@ -103,9 +105,8 @@ def record_shipped(file: Path) -> None:
 
 def _record(name: str, digest: str) -> None:
     lines = [line for line in SUMS.read_text(encoding="ascii").splitlines() if not line.endswith(f"  {name}")]
-    partial = SUMS.with_name(f".{SUMS.name}.partial")
-    partial.write_text("\n".join([*lines, f"{digest}  {name}"]) + "\n", encoding="ascii")
-    partial.replace(SUMS)
+    with replacing(SUMS) as partial:
+        partial.write_text("\n".join([*lines, f"{digest}  {name}"]) + "\n", encoding="ascii")
     _digests.cache_clear()
 
 

@@ -68,11 +68,9 @@ def check_same_network(weights: Weights, model: Any, name: str) -> None:
 
 def _options_of(weights: Weights) -> dict[str, str]:
     """What the first block shows of the arguments that made it, as they are written in Python."""
-    name = next((name for name in weights if _REDUCTION.fullmatch(name)), None)
-    if name is None:
+    match = next(filter(None, map(_REDUCTION.fullmatch, weights)), None)
+    if match is None:
         return {}
-    match = _REDUCTION.fullmatch(name)
-    assert match is not None
     block = match[1]
     found = {"flavor": repr("official" if block.endswith(".se") else "paper")}
     is_fused = f"{block}.position.reduction.conv.weight" in weights

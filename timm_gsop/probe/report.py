@@ -2,11 +2,11 @@
 
 import csv
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from timm_gsop.complete_file import replacing
 from timm_gsop.probe.table import Table
 from timm_gsop.viz.figure import new_figure, save_figure
 
@@ -56,9 +56,5 @@ def _write_csv(table: Table, path: Path) -> None:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from timm_gsop.complete_file import replacing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -36,9 +38,5 @@ def save_figure(figure: "Figure", path: Path, dpi: int = 80) -> None:
         ValueError: If matplotlib does not know the format, or there is no such folder.
     """
     check_output(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         figure.savefig(partial, format=path.suffix[1:] or "png", dpi=dpi)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
