@@ -4,6 +4,7 @@ Writes the tables of docs/performance.md, results.md and backbones.md, and draws
 """
 
 import argparse
+import csv
 import inspect
 import json
 import math
@@ -16,12 +17,11 @@ import timm
 import torch
 
 from benchmarks import ROOT, table, update
-from experiments.plan import PLAN_GPU, RESULTS_GPU
+from experiments.plan import PLAN, PLAN_FASHION_MNIST, PLAN_GPU, load_plan, read_runs, runs_beside, top1
 from experiments.tables import all_tables, statistics
 from timm_gsop.hub.operations import count_macs
 from timm_gsop.layers import SECOND_ORDER_POOLS, accepted_arguments
 from timm_gsop.viz.figure import new_figure, save_figure
-from timm_gsop.viz.summary import read_summary
 
 RESULTS = ROOT / "benchmarks/results"
 PROBE = ROOT / "experiments/probe_results"
@@ -158,41 +158,41 @@ def versions(machine: Mapping[str, Any]) -> str:
     return f"Python {machine['python']}, torch {machine['torch']}, timm {machine['timm']}"
 
 
-def fashion_mnist_runs(folder: str) -> dict[str, list[float]]:
-    """Top-1 (%) of each recipe's runs, by seed: the last epoch's, so that no test image chose it."""
-    found = {}
-    for recipe in FASHION_MNIST:
-        paths = sorted(RESULTS.glob(f"{folder}/{recipe}-?.csv"))
-        found[recipe] = [read_summary(path)["eval_top1"][-1] for path in paths]
-    return found
+def trained_before(name: str, epochs: int) -> list[float]:
+    """Top-1 (%) after the last epoch of a row's runs on Fashion-MNIST with an older version, on the Xeon, by seed."""
+    with (RESULTS / "fashion_mnist/before.csv").open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["run"] == name and line["machine"].startswith("Intel")]
+    return [float(line["eval_top1"]) for line in lines if int(line["epoch"]) + 1 == epochs]
 
 
 def fashion_mnist_table() -> str:
-    """Every run, mean, standard deviation, number and spread."""
+    """Every run, mean, standard deviation, number and spread: of the last epoch, so that no test image chose it."""
     (steps,) = load("fashion_mnist/step_times")["rows"]
-    now, before = fashion_mnist_runs("fashion_mnist"), fashion_mnist_runs("fashion_mnist/xeon_amx")
+    plan, results = load_plan(PLAN_FASHION_MNIST), read_runs(runs_beside(PLAN_FASHION_MNIST))
     columns = ["network", "parameters (M)", "MMACs", "training step"]
     columns += ["top-1 (%) of each seed", "trained before", "mean of all", "std", "n", "spread of all"]
     lines = []
-    for recipe, name in FASHION_MNIST.items():
-        cost, runs = steps["costs"][recipe], now[recipe] + before[recipe]
-        link = f"[{name}](../train_configs/fashion_mnist/{recipe}.yaml)"
+    for row, name in FASHION_MNIST.items():
+        own, cost = [run for run in plan if run.row == row], steps["costs"][row]
+        now = [accuracy for run in own if (accuracy := top1(run, results)) is not None]
+        before = trained_before(f"{own[0].group}/{row}", own[0].epochs)
+        link = f"[{name}](../train_configs/{own[0].recipe}.yaml)"
         price = [f"{cost['params'] / 1e6:.3f}", f"{cost['macs'] / 1e6:.1f}"]
-        step = f"{steps['alternatives'][recipe]['ratio']:.1f}×"
-        each = (", ".join(f"{value:.2f}" for value in top1[recipe]) for top1 in (now, before))
-        lines.append([link, *price, step, *each, *statistics(runs)])
+        step = f"{steps['alternatives'][row]['ratio']:.1f}×"
+        each = (", ".join(f"{value:.2f}" for value in accuracies) for accuracies in (now, before))
+        lines.append([link, *price, step, *each, *statistics(now + before)])
     return table(columns, lines)
 
 
 def cifar10_tables() -> dict[str, str]:
     """Groups of both plans of which runs have finished."""
-    on_gpu = {f"{name}, GPU": found for name, found in all_tables(PLAN_GPU, RESULTS_GPU).items()}
-    return {name: "\n".join(lines) for name, (_, lines) in {**all_tables(), **on_gpu}.items()}
+    on_gpu = {f"{name}, GPU": found for name, found in all_tables(PLAN_GPU).items()}
+    return {name: "\n".join(lines) for name, (_, lines) in {**all_tables(PLAN), **on_gpu}.items()}
 
 
 def probe_tables() -> dict[str, str]:
     """What the probe found on each data set of its plan that has finished."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(PROBE.glob("*/results.json"))}
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(PROBE.glob("*.json"))}
     return {f"probe {name}": probe_table(result) for name, result in found.items()}
 
 
