@@ -1,5 +1,6 @@
 """The heads that are compared, and the training of one of them on maps that are fixed."""
 
+import os
 import tempfile
 import time
 from collections import OrderedDict
@@ -134,7 +135,10 @@ def inputs_of(head: nn.Sequential, maps: np.ndarray, device: torch.device) -> In
 def _new_array(shape: tuple[int, int]) -> np.ndarray:
     if 4 * shape[0] * shape[1] <= IN_MEMORY:
         return np.empty(shape, np.float32)
-    return np.memmap(tempfile.TemporaryFile(), np.float32, shape=shape)  # goes with the array
+    with tempfile.TemporaryFile() as file:  # it goes with the array
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and not a crash when the array is written
+            os.posix_fallocate(file.fileno(), 0, 4 * shape[0] * shape[1])
+        return np.memmap(file, np.float32, shape=shape)
 
 
 def train_head(
