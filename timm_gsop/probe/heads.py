@@ -3,7 +3,7 @@
 import os
 import tempfile
 import time
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from timm_gsop.probe.splits import Split
 
 __all__ = ["HEADS", "Inputs", "Options", "Trained", "create_head", "inputs_of", "mlp_width", "search", "train_head"]
 
-HEADS = ("avg", "mlp", *SECOND_ORDER_POOLS)
+HEADS: ChainMap[str, Any] = ChainMap(SECOND_ORDER_POOLS, dict.fromkeys(("avg", "mlp")))
+"""The heads by name: these two, then whatever the registry has."""
 BATCH_SIZE, EPOCHS, MIN_STEPS = 32, 12, 300
 RATE, DECAY = 1e-3, 0.1
 """Where the search for the learning rate and the weight decay starts."""
