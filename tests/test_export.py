@@ -102,7 +102,7 @@ def test_onnx(variant, tmp_path):
             assert_same(torch.from_numpy(logits), model(x))
 
 
-NOT_CONVERTED = ("mpn", "compact bilinear")
+NOT_CONVERTED = ("mpn", "compact_bilinear")
 CONVERTED = [name for name in (*SCALING_LAYERS, *BLOCKS, *HEADS) if name not in NOT_CONVERTED]
 
 

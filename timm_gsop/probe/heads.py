@@ -1,8 +1,9 @@
 """The heads that are compared, and the training of one of them on maps that are fixed."""
 
+import os
 import tempfile
 import time
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ from timm_gsop.probe.splits import Split
 
 __all__ = ["HEADS", "Inputs", "Options", "Trained", "create_head", "inputs_of", "mlp_width", "search", "train_head"]
 
-HEADS = ("avg", "mlp", *SECOND_ORDER_POOLS)
+HEADS: ChainMap[str, Any] = ChainMap(SECOND_ORDER_POOLS, dict.fromkeys(("avg", "mlp")))
+"""The heads by name: these two, then whatever the registry has."""
 BATCH_SIZE, EPOCHS, MIN_STEPS = 32, 12, 300
 RATE, DECAY = 1e-3, 0.1
 """Where the search for the learning rate and the weight decay starts."""
@@ -134,7 +136,10 @@ def inputs_of(head: nn.Sequential, maps: np.ndarray, device: torch.device) -> In
 def _new_array(shape: tuple[int, int]) -> np.ndarray:
     if 4 * shape[0] * shape[1] <= IN_MEMORY:
         return np.empty(shape, np.float32)
-    return np.memmap(tempfile.TemporaryFile(), np.float32, shape=shape)  # goes with the array
+    with tempfile.TemporaryFile() as file:  # it goes with the array
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and not a crash when the array is written
+            os.posix_fallocate(file.fileno(), 0, 4 * shape[0] * shape[1])
+        return np.memmap(file, np.float32, shape=shape)
 
 
 def train_head(
