@@ -159,7 +159,7 @@ def _neutral_blocks(model: nn.Module) -> str | None:
         return None
     return (
         f"{len(neutral)} are untrained and neutral ({', '.join(f'`{name}`' for name in neutral)}): they scale every "
-        "channel alike, which the layers around them make up for, so the network computes what its base did. "
+        "channel alike, and the layers around them compensate for that, so the network computes what its base did. "
         "Fine-tune it to make use of them."
     )
 
