@@ -331,6 +331,13 @@ def test_search_ends_inside_of_what_it_tried():
     assert len(tried) == len(set(tried)) <= MAX_TRIALS
 
 
+def test_search_of_a_score_that_grows_for_ever_ends():
+    tried = []
+    options, best = search(lambda options: tried.append(options) or SimpleNamespace(validation=options.lr))
+    assert len(tried) == MAX_TRIALS
+    assert best.validation == options.lr == max(o.lr for o in tried)
+
+
 def test_interval_is_that_of_the_normal_distribution():
     """For many images and one seed: the mean of the differences ± 1.96 standard errors."""
     generator = np.random.default_rng(0)
