@@ -35,23 +35,15 @@ def test_the_package_is_installed_with_its_entry_point():
     assert entry_point.value == "timm_gsop_autoload:register_when_timm_is_imported"
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import timm",
-        "import torch, timm",
-        "import timm, torch",
-        "import timm_gsop",
-        "import timm_gsop, timm",
-        "import timm, timm_gsop",
-        "import torch, timm_gsop",
-        "import timm.models",
-        "import timm.layers",
-        "from timm.models import resnet",
-        "import timm_gsop.layers.covariance",
-        "from timm_gsop.models.gsop_resnet import GsopResNet",
-    ],
+ORDERS = ("import timm", "import timm_gsop", "import timm.layers", "from timm.models import resnet")
+MORE_ORDERS = (
+    *("import torch, timm", "import timm, torch", "import timm_gsop, timm", "import timm, timm_gsop"),
+    *("import timm.models", "import torch, timm_gsop", "import timm_gsop.layers.covariance"),
+    "from timm_gsop.models.gsop_resnet import GsopResNet",
 )
+
+
+@pytest.mark.parametrize("imports", [*ORDERS, *(pytest.param(order, marks=pytest.mark.slow) for order in MORE_ORDERS)])
 def test_every_import_order(imports):
     succeed(f"{imports}\n{CREATE}", "-W", "error::RuntimeWarning:timm_gsop_autoload")
 
@@ -63,9 +55,8 @@ def test_importing_torch_alone_imports_neither_timm_nor_us():
 
 @pytest.mark.parametrize("variable", ["TORCH_DEVICE_BACKEND_AUTOLOAD", "TIMM_GSOP_AUTOLOAD"])
 def test_autoload_can_be_turned_off(variable):
-    assert succeed(IS_REGISTERED) == "True"
-    assert succeed(IS_REGISTERED, **{variable: "0"}) == "False"
-    succeed(f"import timm_gsop; {CREATE}", **{variable: "0"})
+    """And ``import timm_gsop`` still registers."""
+    assert succeed(f"{IS_REGISTERED}\nimport timm_gsop\n{CREATE}", **{variable: "0"}) == "False"
 
 
 def broken_copy(folder: Path, broken_file: str, fault: str) -> dict[str, str]:
@@ -93,7 +84,7 @@ def test_our_faults_are_a_warning_that_names_the_cause(tmp_path, broken_file, fa
     assert "broken" in result.stderr
 
 
-@pytest.mark.parametrize(("broken_file", "fault"), FAULTS)
+@pytest.mark.parametrize(("broken_file", "fault"), [FAULTS[0], FAULTS[-1]])
 def test_our_faults_do_not_break_torch_where_warnings_are_errors(tmp_path, broken_file, fault):
     env = broken_copy(tmp_path, broken_file, fault)
     result = run("import torch, timm; print(torch.ones(1).item())", "-W", "error::RuntimeWarning", **env)
@@ -112,7 +103,7 @@ def test_torch_imports_where_timm_is_missing_or_half_installed(tmp_path, fault):
 
 
 def test_the_cost_at_import_of_torch():
-    """Under 20 ms: what the entry point takes, in processes that have imported torch (median of five)."""
+    """Under 20 ms: what the entry point takes, in processes that have imported torch (median of three)."""
     code = """
 import torch, sys, time, importlib.metadata
 for name in ("timm_gsop_autoload", *[m for m in sys.modules if m.split(".")[0] == "wrapt"]):
@@ -122,7 +113,7 @@ start = time.perf_counter()
 entry_point.load()()
 print(time.perf_counter() - start)
 """
-    seconds = [float(succeed(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0")) for _ in range(5)]
+    seconds = [float(succeed(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0")) for _ in range(3)]
     assert statistics.median(seconds) < 0.020
 
 

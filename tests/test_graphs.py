@@ -38,7 +38,8 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 
 
 
 @parametrize(
-    *REGISTERED, *SECOND_ORDER, *(name for name in INSERTED if name not in NOT_SCRIPTABLE), slow=SLOW_FAMILIES
+    *(*REGISTERED, *SECOND_ORDER, *(name for name in INSERTED if name not in NOT_SCRIPTABLE)),
+    slow=("inception", *SLOW_FAMILIES),
 )
 def test_script(name):
     """Where timm promises it: with ``scriptable=True``."""
@@ -46,7 +47,11 @@ def test_script(name):
     assert_same(torch.jit.script(model)(x), model(x))
 
 
-@parametrize(*REGISTERED, "second_order of resnet18")
+# The slow ones have the parts of others.
+SLOW_TRACES = ("inception", "channel paper", "position official", "avg paper", "avg official", "max paper")
+
+
+@parametrize(*REGISTERED, "second_order of resnet18", slow=(*SLOW_TRACES, "concat official"))
 def test_trace(name):
     """With gradients and without. PyTorch's own check included; a second call runs the optimized graph."""
     model, x = created(name)
@@ -79,7 +84,7 @@ def test_a_saved_trace_needs_no_package(tmp_path):
     assert set(done.stdout.splitlines()) == set(names)
 
 
-@parametrize(*REGISTERED)
+@parametrize(*REGISTERED, slow=("inception",))
 def test_symbolic_trace(name):
     model, x = created(name)
     assert_same(torch.fx.symbolic_trace(model)(x), model(x))
@@ -91,7 +96,7 @@ EXPORTED = ("net1", "net2", "position paper", "concat paper", "avg official", "p
 
 
 @with_an_exporter
-@parametrize(*EXPORTED)
+@parametrize(*EXPORTED, slow=("net1", "position paper", "second_order of resnet18"))
 def test_export_with_any_batch_and_size(name):
     model, x = created(name)
     auto = torch.export.Dim.AUTO
@@ -103,7 +108,7 @@ def test_export_with_any_batch_and_size(name):
 
 
 @with_an_exporter
-@parametrize("net2", "concat paper", "avg official", "densenet")
+@parametrize("densenet", "net2", "concat paper", "avg official", slow=("net2", "concat paper", "avg official"))
 def test_compile_without_breaks_and_recompiles(name):
     """One graph; from the third batch size on, none is compiled anew. Graphs are the same for every backend."""
     torch.compiler.reset()
@@ -133,3 +138,26 @@ def test_compile_a_training_step():
     for name, expected in gradients[0].items():
         tolerance = 1e-3 * expected.abs().max().item() + 1e-6
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-2, atol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gsop_preresnet20_net1", "gsop_preresnet20_net2"])
+def test_openvino_converts_what_ships(name):
+    openvino = pytest.importorskip("openvino")
+    model = timm.create_model(name, pretrained=True).eval()
+    example = torch.randn(3, 3, 32, 32)
+    converted = openvino.convert_model(model, example_input=example)
+    compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for x in (example, torch.randn(5, 3, 32, 32)):
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(compiled(x.numpy())[0]), model(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "gmacs"), [("gsop_resnet50_net1", 6.5), ("gsop_resnet50_net2", 6.7)])
+def test_fvcore_counts_every_product(name, gmacs):
+    counting = pytest.importorskip("fvcore.nn")
+    analysis = counting.FlopCountAnalysis(timm.create_model(name).eval(), torch.randn(1, 3, 224, 224))
+    analysis.unsupported_ops_warnings(False)
+    assert analysis.total() / 1e9 >= gmacs
+    assert not {"aten::bmm", "aten::baddbmm", "aten::conv2d", "aten::_convolution"} & set(analysis.unsupported_ops())

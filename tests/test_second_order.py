@@ -16,9 +16,10 @@ from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from tests import test_hub, test_timm_scripts
+from tests import networks, test_hub, test_timm_scripts
 from tests.checkpointing import check_grad_checkpointing_changes_nothing
 from tests.hub_server import HubServer
+from tests.networks import BACKBONES, image
 from tests.test_timm_suite import _load_timm_tests
 from tests.versions import skip_before_torch_2_6
 from timm_gsop import GsopBlock
@@ -29,22 +30,6 @@ from timm_gsop.models.backbone_features import tokens_to_map
 
 ROOT = Path(__file__).parents[1]
 HEAD = dict(isqrt_dim=8, cov_dim=8)
-# Narrow or shallow versions of what users have, where that is possible, and the stages that get blocks.
-BACKBONES = {
-    "resnet18": dict(channels=(16, 16, 24, 32), gsop_stages=(2, 4)),
-    "convnext_atto": dict(depths=(1, 1, 1, 1), gsop_stages=(0, 3)),
-    "mobilenetv3_small_050": dict(gsop_stages=(1, 4)),
-    "vit_tiny_patch16_224": dict(depth=3),
-    "swin_tiny_patch4_window7_224": dict(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)),
-    "densenet121": dict(growth_rate=8, block_config=(2, 2, 2, 2), gsop_stages=(1, 4)),
-    "regnetx_002": dict(gsop_stages=(2, 4)),
-    "efficientnet_b0": dict(gsop_stages=(2, 4)),
-    "deit_tiny_distilled_patch16_224": dict(depth=3),
-    "coatnet_pico_rw_224": dict(gsop_stages=(1, 4)),
-    "maxvit_pico_rw_256": dict(gsop_stages=(1, 4)),
-    "hrnet_w18_small": dict(gsop_stages=(1, 4)),
-    "vgg11_bn": dict(gsop_stages=(3, 5)),
-}
 FAST = ("resnet18", "convnext_atto", "mobilenetv3_small_050", "vit_tiny_patch16_224")
 FIXED_SIZE = ("swin_tiny_patch4_window7_224", "coatnet_pico_rw_224", "maxvit_pico_rw_256")
 TOKENS = ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224")
@@ -56,15 +41,7 @@ a_few = pytest.mark.parametrize("name", FAST)
 
 
 def create(name: str, **kwargs) -> SecondOrder:
-    return timm.create_model(
-        "second_order", **{"backbone": name, "num_classes": 5, **HEAD, **BACKBONES[name], **kwargs}
-    )
-
-
-def image(model: nn.Module, batch: int = 2) -> torch.Tensor:
-    config = timm.models.get_model_input_config(model)
-    size = config["input_size"] if config["fixed_input_size"] else (config["input_size"][0], 64, 64)
-    return torch.randn(batch, *size)
+    return networks.second_order(name, **{**HEAD, **kwargs})
 
 
 def blocks(model: nn.Module) -> list[str]:
@@ -158,28 +135,6 @@ def test_tokens_that_make_no_grid_are_a_column():
     x = torch.randn(2, 11, 4)
     assert tokens_to_map(x, 1, 3, 3).shape == (2, 4, 10, 1)
     torch.testing.assert_close(tokens_to_map(x, 2, 3, 3)[1, 2, 1, 0], x[1, 2 + 3, 2])
-
-
-@every_backbone
-@pytest.mark.parametrize("save", ["timm", "ours"])
-def test_saved_and_loaded_to_the_bit(name, save, tmp_path):
-    model = create(name, compact_bilinear_dim=32).train()
-    x = image(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    torch.nn.functional.cross_entropy(model(x), torch.arange(2)).backward()
-    optimizer.step()  # no block is neutral any more
-    model.reset_classifier(3, "isqrt" if save == "ours" else "compact_bilinear")
-    folder = tmp_path / "folder"
-    if save == "timm":
-        timm.models.save_for_hf(model.eval(), folder, safe_serialization=True)
-    else:
-        save_hub_folder(model.eval(), folder)
-    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
-    configs = [json.loads(json.dumps(timm.data.resolve_model_data_config(m))) for m in (model, loaded)]
-    assert configs[0] == configs[1]
-    assert timm.create_model(f"local-dir:{folder}", num_classes=7)(x).shape == (2, 7)
 
 
 @a_few
@@ -287,15 +242,6 @@ def test_pretrained_loads_the_backbone_and_a_new_head(name, tmp_path):
         torch.testing.assert_close(whole.eval()(x), model(x), rtol=0, atol=0)
 
 
-def test_other_channels_are_saved(tmp_path):
-    model = create("resnet18", in_chans=1).eval()
-    x = torch.randn(2, 1, 64, 64)
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
-    assert timm.data.resolve_model_data_config(loaded)["input_size"] == (1, 224, 224)
-
-
 def test_pretrained_with_other_channels(tmp_path):
     backbone = write_weights("resnet18", tmp_path / "backbone.pth")
     overlay = dict(file=str(tmp_path / "backbone.pth"))
@@ -376,14 +322,6 @@ def test_the_backbones_own_arguments_are_passed_on():
         timm.create_model("second_order", backbone="resnet18", not_an_argument=1)
 
 
-def test_a_configuration_is_plain_json(tmp_path):
-    timm.models.save_for_hf(create("convnext_atto"), tmp_path, safe_serialization=True)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["architecture"] == "second_order"
-    assert config["model_args"]["backbone"] == "convnext_atto"
-    assert config["model_args"]["gsop_stages"] == [0, 3]
-
-
 # ---- sizes and levels
 
 
@@ -400,29 +338,6 @@ def test_tokens_take_the_grid_of_the_image_at_hand(size):
     (expected,) = model.backbone.forward_intermediates(x, 1, norm=True, intermediates_only=True)
     torch.testing.assert_close(features, expected)
     torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("vit_tiny_patch16_224", dict(img_size=(96, 160))),
-        ("vit_tiny_patch16_224", dict(img_size=(96, 64), patch_size=(8, 8))),
-        ("swin_tiny_patch4_window7_224", dict(img_size=(192, 96))),
-        ("swin_tiny_patch4_window7_224", dict(img_size=(128, 128), window_size=(4, 4))),
-    ],
-)
-def test_another_input_size_is_saved_and_loaded(name, change, tmp_path):
-    model = create(name).eval()
-    model.set_input_size(**change)
-    x = torch.randn(2, 3, *change["img_size"])
-    stride = 32 if name.startswith("swin") else change.get("patch_size", (16, 16))[0]
-    assert model.forward_features(x).shape[2:] == tuple(side // stride for side in change["img_size"])
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
-    assert timm.data.resolve_model_data_config(loaded)["input_size"] == (3, *change["img_size"])
-    assert not hasattr(create("resnet18"), "set_input_size")
 
 
 def test_intermediates_as_a_dictionary():

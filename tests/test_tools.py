@@ -10,7 +10,7 @@ from timm.layers import convert_splitbn_model, convert_sync_batchnorm, freeze_ba
 from timm.utils import reparameterize_model
 from torch import nn
 
-from tests.test_insert import FAMILIES
+from tests.networks import FAMILIES, QUICK_FAMILIES
 from timm_gsop import insert_gsop
 from timm_gsop.layers import GsopBlock
 
@@ -96,8 +96,7 @@ def create(name: str) -> nn.Module:
 
 
 # The rest of insert_gsop's families have the same kinds of places.
-FAST = ("convnext_atto", "densenet121", "dla34", "regnetx_002", "mobilevit_xxs", "xception41")
-slow_families = [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in FAMILIES]
+slow_families = [pytest.param(name, marks=[] if name in QUICK_FAMILIES else [pytest.mark.slow]) for name in FAMILIES]
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, *slow_families])
