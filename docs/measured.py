@@ -18,10 +18,10 @@ import torch
 from benchmarks import ROOT, table, update
 from experiments.plan import PLAN_GPU, RESULTS_GPU
 from experiments.tables import all_tables, statistics
-from timm_gsop.hub.operations import count_macs
+from timm_gsop.hub.model_card import count_macs
 from timm_gsop.layers import SECOND_ORDER_POOLS, accepted_arguments
+from timm_gsop.viz.curves import read_summary
 from timm_gsop.viz.figure import new_figure, save_figure
-from timm_gsop.viz.summary import read_summary
 
 RESULTS = ROOT / "benchmarks/results"
 PROBE = ROOT / "experiments/probe_results"

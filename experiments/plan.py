@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from timm_gsop.viz.summary import read_summary
+from timm_gsop.viz.curves import read_summary
 from train_configs.recipes import after
 
 FOLDER = Path(__file__).parent

@@ -20,8 +20,8 @@ import timm_gsop  # noqa: F401  # registers the networks
 from benchmarks import table as markdown_table
 from experiments.plan import PLAN, RESULTS, Run, load_plan, measured_beside, top1
 from experiments.run import network
+from timm_gsop.viz.curves import read_summary
 from timm_gsop.viz.figure import new_figure, save_figure
-from timm_gsop.viz.summary import read_summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
