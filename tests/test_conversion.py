@@ -58,7 +58,7 @@ def image(size: int = 64) -> torch.Tensor:
 
 
 def in_their_names(model: nn.Module, gsop_type: str = "channel") -> dict[str, torch.Tensor]:
-    """Our weights, as the released code bases would save them (addresses in ``timm_gsop/pretrained/released.py``)."""
+    """Our weights, as the released code bases would save them (addresses in ``timm_gsop/pretrained/checkpoint.py``)."""
     theirs = {}
     for name, value in model.state_dict().items():
         name = name.replace("global_pool.reduction.conv", "layer_reduce").replace(

@@ -17,6 +17,7 @@ from timm_gsop.models.gsop_mixin import GsopMixin
 from timm_gsop.pretrained.checkpoint import Weights
 
 __all__ = ["SOURCES", "convert"]
+
 SOURCES = (*RELEASED, "timm")
 _NO_NAME = (
     "model_name=None with source='timm', checkpoint={checkpoint!r}; accepted: one of our networks, gsop_resnet50_net1 "
@@ -24,7 +25,6 @@ _NO_NAME = (
     "train.py's with its args.yaml beside it."
 )
 REDUCTION = "global_pool.reduction.conv.weight"
-
 
 _logger = logging.getLogger(__name__)
 
