@@ -12,18 +12,13 @@ from torch import nn
 
 from timm_gsop.checks import check_choice
 from timm_gsop.hub.hub_folder import check_new_folder, is_ours, read_labels, save_hub_folder
-from timm_gsop.hub.source_checkpoint import RELEASED, SourceCheckpoint, find_checkpoint
+from timm_gsop.hub.source_checkpoint import NO_NAME, RELEASED, SourceCheckpoint, find_checkpoint
 from timm_gsop.models.gsop_mixin import GsopMixin
 from timm_gsop.pretrained.checkpoint import Weights
 
 __all__ = ["SOURCES", "convert"]
 
 SOURCES = (*RELEASED, "timm")
-_NO_NAME = (
-    "model_name=None with source='timm', checkpoint={checkpoint!r}; accepted: one of our networks, gsop_resnet50_net1 "
-    "for one; or as checkpoint one of our networks that has pretrained weights, a folder of one, or a file of "
-    "train.py's with its args.yaml beside it."
-)
 REDUCTION = "global_pool.reduction.conv.weight"
 
 _logger = logging.getLogger(__name__)
@@ -74,7 +69,7 @@ def convert(
     ):
         return _save_pretrained(checkpoint, folder, given, data_config, label_names)
     found = find_checkpoint(source, checkpoint, model_name, given)
-    name = _name_for(found, checkpoint, model_name)
+    name = found.name_for(model_name)
     kwargs = {**found.arguments_for(name), **given}
     _say_if_the_stride_differs(found, name, kwargs)
     # Not the name's default weights, whose origin and licence would be said of these.
@@ -109,17 +104,6 @@ def _without_weights(name: str) -> str:
     return untrained if untrained in get_arch_pretrained_cfgs(name) else name
 
 
-def _name_for(found: SourceCheckpoint, checkpoint: str, model_name: str | None) -> str:
-    name = model_name or (found.architecture if found.is_ours else None)
-    if name is None:
-        raise ValueError(_NO_NAME.format(checkpoint=checkpoint))
-    if not is_ours(name):
-        raise ValueError(
-            f"model_name={name!r} is none of timm-gsop's; accepted: its networks, such as gsop_resnet50_net1."
-        )
-    return name
-
-
 def _save_pretrained(
     name: str,
     folder: Path,
@@ -130,7 +114,7 @@ def _save_pretrained(
     """Save one of our networks with its pretrained weights."""
     cfg = get_pretrained_cfg(name) if is_ours(name) else None
     if cfg is None or not cfg.has_weights:
-        raise ValueError(_NO_NAME.format(checkpoint=name))
+        raise ValueError(NO_NAME.format(checkpoint=name))
     model = timm.create_model(name, pretrained=True, **given).eval()
     labels = dict(label_names=cfg.label_names) if cfg.label_names and model.num_classes == cfg.num_classes else None
     if label_names is not None:

@@ -22,13 +22,11 @@ from timm_gsop.pretrained.checkpoint import (
     from_covariance_pooling,
     from_gsop,
     from_moment_probing,
-    has_released_names,
-    plain_names,
     read_checkpoint,
 )
 from timm_gsop.pretrained.locate import is_origin
 
-__all__ = ["RELEASED", "SourceCheckpoint", "find_checkpoint"]
+__all__ = ["NO_NAME", "RELEASED", "SourceCheckpoint", "find_checkpoint"]
 
 PREPROCESSING = ("input_size", "img_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 """train.py's arguments that say what a network was trained on."""
@@ -44,6 +42,12 @@ IMAGENET: dict[str, Any] = dict(
     std=IMAGENET_DEFAULT_STD,
 )
 """How all the released code bases prepare ImageNet's images."""
+
+NO_NAME = (
+    "model_name=None with source='timm', checkpoint={checkpoint!r}; accepted: one of our networks, gsop_resnet50_net1 "
+    "for one; or as checkpoint one of our networks that has pretrained weights, a folder of one, or a file of "
+    "train.py's with its args.yaml beside it."
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -109,6 +113,17 @@ class SourceCheckpoint(NamedTuple):
     def is_ours(self) -> bool:
         """Whether their network is one of this package."""
         return self.architecture is not None and is_ours(self.architecture)
+
+    def name_for(self, model_name: str | None) -> str:
+        """Registered name of the network to make: the one that is wanted, or else their own."""
+        name = model_name or (self.architecture if self.is_ours else None)
+        if name is None:
+            raise ValueError(NO_NAME.format(checkpoint=self.name))
+        if not is_ours(name):
+            raise ValueError(
+                f"model_name={name!r} is none of timm-gsop's; accepted: its networks, such as gsop_resnet50_net1."
+            )
+        return name
 
     def arguments_for(self, model_name: str) -> dict[str, Any]:
         """Arguments of a network for these weights: those of their own, and what shows in their shapes."""
@@ -208,7 +223,7 @@ def _from_released(source: str, path: Path, model_name: str | None, given: dict[
     code = RELEASED[source]
     return SourceCheckpoint(
         str(path),
-        plain_names(weights) if has_released_names(weights) and source != "gsop" else released.weights,
+        released.weights,
         released.model_name,
         released.model_kwargs,
         data_config=_of_backbone(released.model_kwargs["backbone"]) if source == "moment-probing" else IMAGENET,

@@ -140,7 +140,7 @@ class Released(NamedTuple):
     Attributes:
         model_name: The network that it holds.
         model_kwargs: The arguments that the network needs besides.
-        weights: By our names.
+        weights: By our names; a ResNet's with covariance pooling by their own, for :func:`with_our_names`.
         assumed: Arguments that no name or shape shows, and their values in the code that made it.
     """
 
@@ -256,7 +256,7 @@ def from_covariance_pooling(weights: Weights, dropcov: bool = False) -> Released
     kwargs: dict[str, Any] = dict(num_classes=_num_classes(weights), isqrt_dim=len(weights["layer_reduce.weight"]))
     kwargs |= dict(global_pool="dropcov") if dropcov else dict(isqrt_iters=ISQRT_ITERS)
     assumed: dict[str, Any] = dict(last_stride=1) if dropcov else dict(last_stride=1, isqrt_iters=ISQRT_ITERS)
-    return Released(f"isqrt_resnet{depth}", kwargs, _to_our_names(weights), assumed)
+    return Released(f"isqrt_resnet{depth}", kwargs, weights, assumed)
 
 
 def _from_mobilenetv2(weights: Weights) -> Released:
