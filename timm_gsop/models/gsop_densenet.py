@@ -1,7 +1,7 @@
 """GSoP-Net on DenseNet, which the paper's conclusion names.
 
-The weights have the names that they have in timm. The paper does not say where blocks go: here they follow the stages,
-which keep their strides.
+The weights have timm's names. The paper does not say where the blocks are. Here each stage ends with one, and keeps its
+stride.
 
 Papers:
 * Global Second-order Pooling Convolutional Networks, CVPR 2019 - https://arxiv.org/abs/1811.12006

@@ -134,7 +134,7 @@ class GsopMixin(GlobalPoolMixin):
             weights: By the network's names, or by those of the code that made them.
 
         Returns:
-            Weights with which the network computes what theirs did. The weights of new blocks in it may change.
+            Weights with which the network computes what the original did. New blocks in it may get other weights.
 
         Raises:
             ValueError: If there are none.
@@ -177,7 +177,7 @@ def reset_parameters(module: Any, package: str = "") -> None:
         module: The network or layer that holds them.
         package: Where the classes of the layers come from; others are left as they are.
     """
-    for layer in reversed(list(module.modules())):  # children first: a layer has the last word about its parts
+    for layer in reversed(list(module.modules())):  # children first, so that a layer can override them
         reset: Any = getattr(layer, "reset_parameters", None)
         if reset is not None and type(layer).__module__.startswith(package):
             reset()

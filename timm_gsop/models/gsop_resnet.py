@@ -178,6 +178,7 @@ def _isqrt_in1k(name: str, **kwargs: Any) -> dict[str, Any]:
         + ("; three GSoP blocks in it that are untrained and leave its function as it is." if neutral else "."),
         notes=(
             "data: ImageNet-1k",
+            *(("untrained: neutral blocks",) if neutral else ()),
             f"reported: top-1 / top-5 error {_ISQRT_ERRORS[depth]} %, by the authors of iSQRT-COV for their network "
             "(https://github.com/jiangtaoxie/fast-MPN-COV); not measured by us",
         ),

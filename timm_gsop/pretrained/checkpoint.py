@@ -184,7 +184,7 @@ def with_our_names(weights: Weights, pool: Any) -> Weights:
     theirs, a warning says so.
 
     Args:
-        weights: By our names, or by those of fast MPN-COV, GCP or DropCov.
+        weights: By our names, or by the names of fast MPN-COV, GCP or DropCov.
         pool: The network's pooling.
 
     Raises:
