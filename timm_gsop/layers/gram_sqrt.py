@@ -1,18 +1,21 @@
-"""The square root of a feature map's covariance; on small maps, without computing that covariance."""
+"""The square root of a covariance from the features; on small maps by way of their Gram matrix, which is smaller."""
 
 import warnings
-from typing import Any
 
 import torch
 from torch.torch_version import TorchVersion
 
 from timm_gsop.checks import check_features, check_positive_int
-from timm_gsop.layers.bilinear_pool import bilinear_pool
-from timm_gsop.layers.covariance import centre, covariance_pool
-from timm_gsop.layers.gradients import evaluate, without_autocast
+from timm_gsop.layers.covariance import (
+    bilinear_pool,
+    centre,
+    centre_weighted,
+    covariance_pool,
+    normalize_weights,
+    quadratic_form,
+)
 from timm_gsop.layers.leading_dims import flatten_positions, leading_dims_of_features, with_leading_dims
 from timm_gsop.layers.matrix_sqrt import counts_as_zero, newton_schulz_inverse_sqrt, newton_schulz_sqrt
-from timm_gsop.layers.weighted import centre_weighted, normalize_weights
 
 __all__ = ["covariance_sqrt"]
 
@@ -103,39 +106,7 @@ def _sqrt_from_gram(centred: torch.Tensor, divisor: int, num_iters: int) -> torc
     # Divided by it first: the inverse root of a tiny matrix, or its gradient, would leave float32's range.
     norm = torch.where(is_zero, torch.ones_like(trace), trace).sqrt()
     centred = centred / norm
-    root = _between(centred, newton_schulz_inverse_sqrt(bilinear_pool(centred.transpose(1, 2)), num_iters))
+    root = quadratic_form(centred, newton_schulz_inverse_sqrt(bilinear_pool(centred.transpose(1, 2)), num_iters))
     # The covariance is divided by M, and bilinear_pool divides by C.
     scale = norm / (centred.shape[1] * divisor) ** 0.5
     return root * torch.where(is_zero, torch.zeros_like(scale), scale)
-
-
-def _between(x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
-    """X S Xᵀ for symmetric S, (B, C, M) and (B, M, M) to (B, C, C)."""
-    if torch.jit.is_scripting():
-        return _product(x, inner)
-    return evaluate(_Product, _product, x, inner)
-
-
-def _product(x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
-    return torch.bmm(torch.bmm(x, inner), x.transpose(1, 2))
-
-
-class _Product(torch.autograd.Function):
-    """With a gradient of its own, which autocast does not reach."""
-
-    generate_vmap_rule = True  # for torch.func
-
-    @staticmethod
-    def forward(x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
-        return _product(x, inner)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, inner = ctx.saved_tensors
-        half = torch.bmm(grad + grad.transpose(1, 2), x)
-        return torch.bmm(half, inner), 0.5 * torch.bmm(x.transpose(1, 2), half)
