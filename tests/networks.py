@@ -1,4 +1,4 @@
-"""Every kind of network of the package, small, for the tests that all of them pass (test_saving.py, test_graphs.py).
+"""Every kind of network of the package, small, for the tests that all of them pass (test_saving.py, test_tracing.py).
 
 Ours, timm's backbones in ``second_order``, and timm's networks with inserted blocks.
 """
