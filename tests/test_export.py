@@ -146,7 +146,7 @@ def test_onnx_has_arithmetic_alone(piece, free_batch, tmp_path):
         assert nodes["MatMul"] == {"head, many positions": 11, "head, few positions": 13}[piece]  # the steps have ten
 
 
-NOT_CONVERTED = ("mpn", "compact bilinear")
+NOT_CONVERTED = ("mpn", "compact_bilinear")
 CONVERTED = [name for name in (*SCALING_LAYERS, *BLOCKS, *HEADS) if name not in NOT_CONVERTED]
 
 

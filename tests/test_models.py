@@ -173,8 +173,8 @@ def test_grad_checkpointing_changes_nothing(name):
 
 
 @small_models
-@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", "isqrt", "mpn", "bilinear", "compact_bilinear"])
-def test_every_global_pool(name, pool):
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax", "isqrt"])
+def test_first_and_second_order_pools(name, pool):
     model = create(name, global_pool=pool).eval()
     features = model.forward_features(image(name))
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)

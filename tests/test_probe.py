@@ -152,6 +152,23 @@ def test_maps_are_computed_once_and_interrupted_ones_go_on(pictures, cache, tmp_
     assert not list((tmp_path / "other").glob("*.partial"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of a file's size, in place of a full disk")
+def test_a_disk_that_fills_up_leaves_no_half_file(pictures, cache):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            extract(pictures, cache, batch_size=16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(cache.rglob("*.npy"))
+    whole = extract(pictures, cache.with_name("other"), batch_size=16)
+    for a, b in zip(whole, extract(pictures, cache, batch_size=16), strict=True):  # with what was there
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
+
+
 def test_another_list_size_or_weights_have_maps_of_their_own(tmp_path, cache):
     folder = paint(tmp_path / "pictures", 2)
     extract(folder, cache)
@@ -312,6 +329,13 @@ def test_search_ends_inside_of_what_it_tried():
     assert min(o.lr for o in tried) < options.lr < max(o.lr for o in tried)
     assert min(o.weight_decay for o in tried) < options.weight_decay < max(o.weight_decay for o in tried)
     assert len(tried) == len(set(tried)) <= MAX_TRIALS
+
+
+def test_search_of_a_score_that_grows_for_ever_ends():
+    tried = []
+    options, best = search(lambda options: tried.append(options) or SimpleNamespace(validation=options.lr))
+    assert len(tried) == MAX_TRIALS
+    assert best.validation == options.lr == max(o.lr for o in tried)
 
 
 def test_interval_is_that_of_the_normal_distribution():

@@ -244,10 +244,10 @@ def test_features_only_has_the_levels_of_the_backbone():
     assert [m.shape[1] for m in features(torch.randn(1, 3, 64, 64))] == [64, 256]
 
 
-@pytest.mark.parametrize("pool", ["avg", "catavgmax", "isqrt", "mpn", "bilinear", "compact_bilinear"])
+@pytest.mark.parametrize("pool", ["avg", "catavgmax", "isqrt"])
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
-def test_every_global_pool(name, pool):
-    model = create(name, global_pool=pool, compact_bilinear_dim=64).eval()
+def test_first_and_second_order_pools(name, pool):
+    model = create(name, global_pool=pool).eval()
     features = model.forward_features(image(model))
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
     model.reset_classifier(3)

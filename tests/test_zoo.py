@@ -68,8 +68,8 @@ def test_training_saving_and_loading(base, net, tmp_path):
 
 
 @pytest.mark.parametrize("base", SMALL_BASES)
-@pytest.mark.parametrize("pool", ["avg", "catavgmax", "isqrt", "mpn", "bilinear", "compact_bilinear"])
-def test_every_global_pool(base, pool):
+@pytest.mark.parametrize("pool", ["avg", "catavgmax", "isqrt"])
+def test_first_and_second_order_pools(base, pool):
     model = create(base, 1, global_pool=pool).eval()
     features = model.forward_features(torch.randn(1, 3, 96, 96))
     assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)

@@ -1,32 +1,38 @@
 """Second-order pooling as layers, and the functions behind them."""
 
-from timm_gsop.layers.bdc_pool import BdcPool2d
-from timm_gsop.layers.bilinear_pool import BilinearPool2d, CompactBilinearPool2d, bilinear_pool, compact_bilinear_pool
+# First the heads, in the order in which the registry lists them.
+# isort: off
 from timm_gsop.layers.cov_pool import CovPool2d, IsqrtCovPool2d, MpnCovPool2d
+from timm_gsop.layers.bilinear_pool import BilinearPool2d, CompactBilinearPool2d, bilinear_pool, compact_bilinear_pool
+from timm_gsop.layers.dropcov_pool import DropCovPool2d
+from timm_gsop.layers.bdc_pool import BdcPool2d
+from timm_gsop.layers.svpn_pool import SvpnPool2d
+from timm_gsop.layers.moment_pool import MomentPool2d
+# isort: on
+
 from timm_gsop.layers.covariance import covariance_pool, position_covariance, triu_unvectorize, triu_vectorize
 from timm_gsop.layers.covariance_sqrt import covariance_sqrt
-from timm_gsop.layers.dropcov_pool import DropCovPool2d
-from timm_gsop.layers.factory import FLAVORS, GSOP_TYPES, check_gsop, create_gsop
+from timm_gsop.layers.factory import (
+    FLAVORS,
+    GSOP_TYPES,
+    accepted_arguments,
+    check_gsop,
+    check_pool_kwargs,
+    check_second_order_pool,
+    create_gsop,
+    create_second_order_pool,
+    pool_cost,
+)
 from timm_gsop.layers.gsop import ChannelGsop, CovarianceExcitation, FusedGsop, Gsop, GsopBlock, PositionGsop
 from timm_gsop.layers.half_gate import NEUTRAL_SCALE, start_at_half
 from timm_gsop.layers.matrix_sqrt import eigh_log, eigh_power, newton_schulz_inverse_sqrt, newton_schulz_sqrt
-from timm_gsop.layers.moment_pool import MomentPool2d
 from timm_gsop.layers.official import (
     OfficialChannelGsop,
     OfficialFusedGsop,
     OfficialIsqrtCovPool2d,
     OfficialPositionGsop,
 )
-from timm_gsop.layers.pool_factory import (
-    SECOND_ORDER_POOLS,
-    accepted_arguments,
-    check_pool_kwargs,
-    check_second_order_pool,
-    create_second_order_pool,
-    pool_cost,
-)
-from timm_gsop.layers.second_order_pool import SecondOrderPool2d
-from timm_gsop.layers.svpn_pool import SvpnPool2d
+from timm_gsop.layers.second_order_pool import SECOND_ORDER_POOLS, SecondOrderPool2d, register_pool
 
 __all__ = [
     "FLAVORS",
@@ -69,6 +75,7 @@ __all__ = [
     "newton_schulz_sqrt",
     "pool_cost",
     "position_covariance",
+    "register_pool",
     "start_at_half",
     "triu_unvectorize",
     "triu_vectorize",

@@ -16,7 +16,7 @@ from timm_gsop.layers.channel_reduction import ChannelReduction
 from timm_gsop.layers.covariance import triu_vectorize
 from timm_gsop.layers.gradients import evaluate, function_of_input
 from timm_gsop.layers.precision import at_least_float32
-from timm_gsop.layers.second_order_pool import SecondOrderPool2d
+from timm_gsop.layers.second_order_pool import SecondOrderPool2d, register_pool
 
 __all__ = ["BdcPool2d", "channel_distances", "double_centre"]
 
@@ -74,6 +74,7 @@ def double_centre(mat: torch.Tensor) -> torch.Tensor:
     return mat - mat.mean(dim=1, keepdim=True) - mat.mean(dim=2, keepdim=True) + mat.mean(dim=(1, 2), keepdim=True)
 
 
+@register_pool
 class BdcPool2d(SecondOrderPool2d):
     r"""Pooling of DeepBDC (CVPR 2022): the Brownian distance covariance between channels.
 

@@ -17,7 +17,7 @@ from timm_gsop.layers.channel_reduction import ChannelReduction
 from timm_gsop.layers.gradients import evaluate, function_of_input
 from timm_gsop.layers.leading_dims import flatten_positions, leading_dims_of_features, with_leading_dims
 from timm_gsop.layers.precision import at_least_float32, autocast_disabled
-from timm_gsop.layers.second_order_pool import SecondOrderPool2d
+from timm_gsop.layers.second_order_pool import SecondOrderPool2d, register_pool
 from timm_gsop.layers.weighted import normalize_weights, weighted_product
 
 __all__ = [
@@ -162,6 +162,7 @@ def signed_sqrt_normalize(x: torch.Tensor) -> torch.Tensor:
     return F.normalize(x.sign() * (x.abs() + 1e-8).sqrt(), dim=-1)
 
 
+@register_pool
 class BilinearPool2d(SecondOrderPool2d):
     """Bilinear pooling (ICCV 2015): all products of two channels, signed square root, Euclidean normalization.
 
@@ -210,6 +211,7 @@ class BilinearPool2d(SecondOrderPool2d):
         return signed_sqrt_normalize(bilinear_pool(self.reduction(x)).flatten(1)).to(x.dtype)
 
 
+@register_pool
 class CompactBilinearPool2d(SecondOrderPool2d):
     """Compact bilinear pooling (CVPR 2016): bilinear pooling, sketched to a fixed number of features.
 

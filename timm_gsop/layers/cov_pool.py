@@ -12,7 +12,7 @@ from timm_gsop.layers.covariance import covariance_pool, triu_vectorize
 from timm_gsop.layers.covariance_sqrt import covariance_sqrt
 from timm_gsop.layers.matrix_sqrt import eigh_power, newton_schulz_sqrt
 from timm_gsop.layers.reduced_covariance import can_fuse, fused_covariance
-from timm_gsop.layers.second_order_pool import SecondOrderPool2d
+from timm_gsop.layers.second_order_pool import SecondOrderPool2d, register_pool
 
 __all__ = ["CovPool2d", "IsqrtCovPool2d", "MpnCovPool2d"]
 
@@ -27,6 +27,7 @@ ACT_LAYERS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6}
 """Activations before the covariance, by timm's names."""
 
 
+@register_pool
 class CovPool2d(SecondOrderPool2d):
     """Plain covariance pooling: 1×1 convolution, BN, ReLU, covariance, upper triangle, no normalization.
 
@@ -91,6 +92,7 @@ class CovPool2d(SecondOrderPool2d):
         return vectors.to(self.reduction.conv.weight.dtype)
 
 
+@register_pool
 class IsqrtCovPool2d(CovPool2d):
     """Pooling of iSQRT-COV (CVPR 2018), the end of GSoP-Net2: the covariance's square root by Newton–Schulz.
 
@@ -147,6 +149,7 @@ class IsqrtCovPool2d(CovPool2d):
         return covariance_sqrt(self.reduction(x), self.num_iters)
 
 
+@register_pool
 class MpnCovPool2d(CovPool2d):
     """Pooling of MPN-COV (ICCV 2017): the covariance's square root by eigen-decomposition.
 

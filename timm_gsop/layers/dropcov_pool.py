@@ -13,6 +13,7 @@ from torch import nn
 from timm_gsop.layers.cov_pool import CovPool2d
 from timm_gsop.layers.covariance import covariance_pool
 from timm_gsop.layers.precision import at_least_float32
+from timm_gsop.layers.second_order_pool import register_pool
 
 __all__ = ["DropCovPool2d", "drop_rate_of", "weigh_and_drop"]
 
@@ -75,6 +76,7 @@ def drop_rate_of(x: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
     return torch.where(varies.any(), rate, 0).clamp(0, 1 - 1 / dim)
 
 
+@register_pool
 class DropCovPool2d(CovPool2d):
     """Pooling of DropCov (NeurIPS 2022): covariance without a root, with adaptive dropout of channels in training.
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_gsop.checks import check_choice, check_ndim
 from timm_gsop.layers.cross_covariance import centre_groups, cross_moments
-from timm_gsop.layers.second_order_pool import SecondOrderPool2d, check_token, first_moment_of
+from timm_gsop.layers.second_order_pool import SecondOrderPool2d, check_token, first_moment_of, register_pool
 
 __all__ = ["MomentPool2d", "normalize_columns"]
 
@@ -31,6 +31,7 @@ def normalize_columns(mats: torch.Tensor) -> torch.Tensor:
     return mats * mats.square().sum(dim=-2, keepdim=True).clamp_min(1e-24).rsqrt()
 
 
+@register_pool
 class MomentPool2d(SecondOrderPool2d):
     r"""Pooling of moment probing (ICCV 2023), for frozen backbones: multi-head convolutional cross-covariance.
 

@@ -1,16 +1,39 @@
-"""What every head has in common, and what it says of itself to the registry (``pool_factory``)."""
+"""What every head has in common, and the registry of heads.
+
+A head is a class in a file of its own, with :func:`register_pool` above it, and an import in ``timm_gsop.layers``.
+Networks, cards, tables, tests and the probe read the registry::
+
+    for name, pool_class in SECOND_ORDER_POOLS.items():
+        print(name, pool_class.take_when, pool_class.options(), accepted_arguments(name))
+"""
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 
-from timm_gsop.checks import check_positive_int
+from timm_gsop.checks import check_choice, check_positive_int
 from timm_gsop.layers.precision import at_least_float32
 
-__all__ = ["SecondOrderPool2d", "check_token", "first_moment_of"]
+__all__ = [
+    "FIRST_ORDER_POOLS",
+    "SECOND_ORDER_POOLS",
+    "SHARED",
+    "SecondOrderPool2d",
+    "check_token",
+    "first_moment_of",
+    "register_pool",
+]
+
+FIRST_ORDER_POOLS = (
+    *("", "avg", "max", "avgmax", "catavgmax"),
+    *("fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax"),
+)
+"""timm's pools."""
+SHARED: dict[str, Any] = dict(isqrt_dim=256, isqrt_iters=None, compact_bilinear_dim=8192, flavor="paper")
+"""Arguments that all networks have, and their defaults."""
 
 
 def check_token(token: torch.Tensor | None, channels: int) -> None:
@@ -69,3 +92,51 @@ class SecondOrderPool2d(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay would harm."""
         return set()
+
+
+SECOND_ORDER_POOLS: dict[str, type[SecondOrderPool2d]] = {}
+"""Every head by its name."""
+Pool = TypeVar("Pool", bound=type[SecondOrderPool2d])
+
+
+def register_pool(pool: Pool) -> Pool:
+    """Register a head under its ``pool_type``: a decorator of subclasses of :class:`SecondOrderPool2d`.
+
+    ::
+
+        @register_pool
+        class VarPool2d(SecondOrderPool2d):
+            '''Variance of each channel.'''
+
+            pool_type = "var"
+            take_when = "products of two channels are too many"
+
+            def __init__(self, in_features, *, device=None, dtype=None):
+                super().__init__(in_features, in_features)
+
+            def forward(self, x):
+                return x.flatten(2).var(dim=2)
+
+    From then on ``global_pool`` accepts the name in every network, ``pool_kwargs`` the options, and the probe compares
+    the head. To load a saved network, import the head's module first.
+
+    Raises:
+        ValueError: If the class lacks its name or says nothing for tables, another class has the name, ``shared`` has
+            what no network has, or an option has no default.
+    """
+    for attribute in ("pool_type", "take_when"):
+        value = getattr(pool, attribute, None)
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{pool.__name__}.{attribute}={value!r} is not accepted; it must be a string, not empty.")
+    if pool.pool_type in FIRST_ORDER_POOLS:
+        raise ValueError(f"pool_type={pool.pool_type!r} is not accepted; it is the name of timm's.")
+    known = SECOND_ORDER_POOLS.get(pool.pool_type, pool)
+    if (known.__module__, known.__qualname__) != (pool.__module__, pool.__qualname__):  # a notebook runs a cell again
+        raise ValueError(f"pool_type={pool.pool_type!r} is not accepted; it is the name of {known.__name__}.")
+    for argument in pool.shared:
+        check_choice(f"{pool.__name__}.shared", argument, SHARED)
+    for name, default in pool.options().items():
+        if default is inspect.Parameter.empty:
+            raise ValueError(f"{pool.__name__} has no default for {name}, one of its options.")
+    SECOND_ORDER_POOLS[pool.pool_type] = pool
+    return pool

@@ -13,7 +13,7 @@ from torch import nn
 
 from timm_gsop.checks import check_choice, check_fraction, check_ndim, check_positive_int
 from timm_gsop.layers.cross_covariance import CENTRINGS, centre_groups, cross_moments
-from timm_gsop.layers.second_order_pool import SecondOrderPool2d, check_token, first_moment_of
+from timm_gsop.layers.second_order_pool import SecondOrderPool2d, check_token, first_moment_of, register_pool
 
 __all__ = ["SvpnPool2d", "singular_value_power_norm"]
 
@@ -54,6 +54,7 @@ def singular_value_power_norm(
     return first * sigma ** (alpha - 1) + (mat - first) / (sigma ** (1 - alpha) + 1e-5)
 
 
+@register_pool
 class SvpnPool2d(SecondOrderPool2d):
     """Pooling of SoT (second-order transformers): multi-head cross-covariance, normalized by svPN.
 

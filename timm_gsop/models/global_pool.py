@@ -17,14 +17,14 @@ from timm_gsop.layers import (
     check_second_order_pool,
     create_second_order_pool,
 )
+from timm_gsop.layers.second_order_pool import FIRST_ORDER_POOLS
 
-__all__ = ["GLOBAL_POOLS", "GlobalPoolMixin"]
+__all__ = ["GlobalPoolMixin"]
 
-GLOBAL_POOLS = (
-    *("", "avg", "max", "avgmax", "catavgmax"),
-    *("fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax"),
-    *SECOND_ORDER_POOLS,
-)
+
+def check_global_pool(pool_type: str) -> None:
+    """Raise ``ValueError`` unless it is a pool of timm's or a registered head."""
+    check_choice("global_pool", pool_type, (*FIRST_ORDER_POOLS, *SECOND_ORDER_POOLS))
 
 
 class GlobalPoolMixin:
@@ -60,7 +60,7 @@ class GlobalPoolMixin:
 
         Args:
             num_classes: Number of classes, 0 for none.
-            global_pool: One of ``GLOBAL_POOLS``.
+            global_pool: One of timm's pools, one of ``SECOND_ORDER_POOLS``, or ``""`` for none.
             isqrt_dim: Channels after reduction, in every second-order pool that reduces.
             isqrt_iters: Newton–Schulz iterations; None for the flavor's own.
             flavor: ``"paper"`` or ``"official"``.
@@ -77,7 +77,7 @@ class GlobalPoolMixin:
                 ``global_pool``, or ``isqrt_drop`` is not in [0, 1).
         """
         check_second_order_pool(isqrt_dim, isqrt_iters, compact_bilinear_dim)
-        check_choice("global_pool", global_pool, GLOBAL_POOLS)
+        check_global_pool(global_pool)
         check_pool_kwargs(global_pool, pool_kwargs)
         check_fraction("isqrt_drop", isqrt_drop)
         self.isqrt_dim = isqrt_dim
@@ -98,7 +98,7 @@ class GlobalPoolMixin:
 
         Args:
             num_classes: Number of classes, 0 for none.
-            global_pool: New pooling, one of ``GLOBAL_POOLS``; None keeps the present one, with its weights.
+            global_pool: New pooling; None keeps the present one, with its weights.
 
         Raises:
             ValueError: If ``global_pool`` is unknown.
@@ -125,7 +125,7 @@ class GlobalPoolMixin:
         return self.global_pool(x)
 
     def _set_global_pool(self, num_classes: int, pool_type: str, **dd: Any) -> None:
-        check_choice("global_pool", pool_type, GLOBAL_POOLS)
+        check_global_pool(pool_type)
         drop_rate = self.drop_rate
         if pool_type in SECOND_ORDER_POOLS:
             if not self._has_pool(pool_type):

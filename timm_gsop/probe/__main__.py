@@ -58,9 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         help="feature levels, indices into the backbone's feature_info, or final for what comes after its last one "
         "(default: -1 -2)",
     )
-    add(
-        "--heads", nargs="+", choices=HEADS, default=HEADS, metavar="HEAD", help=f"of {', '.join(HEADS)} (default: all)"
-    )
+    add("--heads", nargs="+", choices=HEADS, metavar="HEAD", help=f"of {', '.join(HEADS)} (default: all)")
     add("--img-size", type=int, metavar="N", help="height and width of the images (default: the backbone's)")
     add("--isqrt-dim", type=int, default=64, metavar="N", help="channels after reduction in the heads (default: 64)")
     add("--dataset", default="", metavar="NAME", help="as in timm's train.py: torch/… or hfds/…")

@@ -35,7 +35,7 @@ def run(
     checkpoint: str | Path | None = None,
     pretrained: bool = True,
     levels: Sequence[int | None] = (-1, -2),
-    heads: Sequence[str] = HEADS,
+    heads: Sequence[str] | None = None,
     img_size: int | None = None,
     isqrt_dim: int = 64,
     dataset: str = "",
@@ -68,8 +68,8 @@ def run(
         pretrained: Whether the backbone has weights at all; random ones otherwise.
         levels: Feature levels, as indices into the backbone's ``feature_info``; negative ones count from the end, None
             is what its ``forward_features`` returns.
-        heads: Some of ``HEADS``; ``"avg"``, to which all are compared, is always there. Heads that read a class token
-            are left out for backbones that have one, because maps do not have it.
+        heads: Some of ``HEADS``, None for all; ``"avg"``, to which all are compared, is always there. Heads that read
+            a class token are left out for backbones that have one, because maps do not have it.
         img_size: Height and width of the images; None for the backbone's own.
         isqrt_dim: Channels after reduction, of heads that reduce.
         dataset: Data set as timm's ``--dataset`` names it, ``"torch/cifar10"`` for one; ``""`` for folders.
@@ -105,9 +105,9 @@ def run(
     for name, value in counts.items():
         if value is not None:
             check_positive_int(name, value)
-    for head in heads:
+    for head in heads or ():
         check_choice("heads", head, HEADS)
-    heads = [head for head in HEADS if head in {"avg", *heads}]
+    heads = [head for head in HEADS if heads is None or head in {"avg", *heads}]
     folder = _check_save(save, output, heads)
     images = take_some(read_images(data_dir, dataset, dataset_download), train_images, test_images, seed)
     parts = draw_splits(images, splits, seed)

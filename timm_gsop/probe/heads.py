@@ -1,8 +1,9 @@
 """The heads that are compared, and the training of one of them on maps that are fixed."""
 
+import os
 import tempfile
 import time
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ from timm_gsop.probe.splits import Split
 
 __all__ = ["HEADS", "Inputs", "Options", "Trained", "create_head", "inputs_of", "mlp_width", "search", "train_head"]
 
-HEADS = ("avg", "mlp", *SECOND_ORDER_POOLS)
+HEADS: ChainMap[str, Any] = ChainMap(SECOND_ORDER_POOLS, dict.fromkeys(("avg", "mlp")))
+"""The heads by name: these two, then whatever the registry has."""
 BATCH_SIZE, EPOCHS, MIN_STEPS = 32, 12, 300
 RATE, DECAY = 1e-3, 0.1
 """Where the search for the learning rate and the weight decay starts."""
@@ -134,7 +136,10 @@ def inputs_of(head: nn.Sequential, maps: np.ndarray, device: torch.device) -> In
 def _new_array(shape: tuple[int, int]) -> np.ndarray:
     if 4 * shape[0] * shape[1] <= IN_MEMORY:
         return np.empty(shape, np.float32)
-    return np.memmap(tempfile.TemporaryFile(), np.float32, shape=shape)  # goes with the array
+    with tempfile.TemporaryFile() as file:  # it goes with the array
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and not a crash when the array is written
+            os.posix_fallocate(file.fileno(), 0, 4 * shape[0] * shape[1])
+        return np.memmap(file, np.float32, shape=shape)
 
 
 def train_head(
@@ -207,8 +212,8 @@ def _logits(head: nn.Module, inputs: Inputs, indices: np.ndarray, device: torch.
 def search(trial: Callable[[Options], Trained]) -> tuple[Options, Trained]:
     """Find the learning rate and weight decay that are best on the validation images.
 
-    Three rates are tried, then the neighbours of the best point, a step up and down in both, until none of these is
-    better: so the best is never at the edge of what was tried. At most ``MAX_TRIALS`` points are tried.
+    Rates first: three are tried, and a step further as long as the best is at the edge. Then weight decays at the best
+    rate, in the same way: so the best is inside of what was tried. At most ``MAX_TRIALS`` points are tried.
 
     Args:
         trial: Trains a head with given options.
@@ -216,13 +221,15 @@ def search(trial: Callable[[Options], Trained]) -> tuple[Options, Trained]:
     Returns:
         The best options, and what was trained with them.
     """
-    results: dict[tuple[int, int], Trained] = {}
-    points = [(0, 0), (-1, 0), (1, 0)]
-    while points:
-        for point in points:
-            results[point] = trial(_options(point))
-        best = max(results, key=lambda point: results[point].validation)  # of equal ones the first
-        points = [point for point in _neighbours(best) if point not in results][: MAX_TRIALS - len(results)]
+    best = (0, 0)
+    results = {best: trial(_options(best))}
+    for axis in (0, 1):
+        while points := [point for point in _neighbours(best, axis) if point not in results]:
+            for point in points[: MAX_TRIALS - len(results)]:
+                results[point] = trial(_options(point))
+            best = max(results, key=lambda point: results[point].validation)  # of equal ones the first
+            if len(results) == MAX_TRIALS:
+                break
     return _options(best), results[best]
 
 
@@ -230,6 +237,6 @@ def _options(point: tuple[int, int]) -> Options:
     return Options(RATE * RATE_FACTOR ** point[0], DECAY * DECAY_FACTOR ** point[1])
 
 
-def _neighbours(point: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    rate, decay = point
-    yield from ((rate - 1, decay), (rate + 1, decay), (rate, decay - 1), (rate, decay + 1))
+def _neighbours(point: tuple[int, int], axis: int) -> Iterator[tuple[int, int]]:
+    for step in (-1, 1):
+        yield (point[0] + step, point[1]) if axis == 0 else (point[0], point[1] + step)

@@ -1,6 +1,7 @@
 """The registry of heads, and every head in networks: options, errors, saving, tools."""
 
 import json
+from typing import ClassVar
 
 import pytest
 import timm
@@ -8,25 +9,27 @@ import torch
 from timm.utils import ParseKwargs
 from torch import nn
 
+from docs.measured import heads_tables
+from tests.layers import SMALL_OPTIONS
 from timm_gsop.hub.hub_folder import check_hub_folder, save_hub_folder
 from timm_gsop.hub.model_card import model_card
 from timm_gsop.layers import (
     SECOND_ORDER_POOLS,
     CovPool2d,
     OfficialIsqrtCovPool2d,
+    SecondOrderPool2d,
     accepted_arguments,
     create_second_order_pool,
     pool_cost,
+    register_pool,
 )
-from timm_gsop.layers.pool_factory import SHARED
+from timm_gsop.layers.second_order_pool import SHARED
+from timm_gsop.probe import HEADS
+from timm_gsop.probe.heads import create_head
 
 every_pool = pytest.mark.parametrize("pool_type", SECOND_ORDER_POOLS)
 SMALL = dict(isqrt_dim=6, isqrt_iters=2, compact_bilinear_dim=20)
-OPTIONS = {
-    "compact_bilinear": {"seed": 3, "dim": 5},
-    "svpn": {"num_heads": 2, "head_dim": 4, "centring": "channel", "first_moment": False},
-    "moment": {"hidden_dim": 28},
-}
+OPTIONS = {**SMALL_OPTIONS, "compact_bilinear": {"seed": 3, "dim": 5}}
 NETWORKS = {
     "gsop_resnet26_net1": dict(channels=(8, 16, 24, 32), layers=(1, 1, 1, 1), cov_dim=8, num_classes=5),
     "second_order": dict(backbone="vit_tiny_patch16_224", depth=2, embed_dim=48, num_classes=5),
@@ -72,6 +75,65 @@ def test_what_a_pool_does_not_use_is_refused(pool_type):
         create_second_order_pool(pool_type, 8, flavor="bogus")
 
 
+class VarPool2d(SecondOrderPool2d):
+    """Variances: those of each reduced channel."""
+
+    pool_type = "var"
+    take_when = "products of two channels are too many"
+    shared: ClassVar = {"isqrt_dim": "dim"}
+
+    def __init__(self, in_features, dim=256, root="none", clamp=True, *, device=None, dtype=None):
+        super().__init__(in_features, dim)
+        self.root, self.clamp = root, clamp
+        self.conv = nn.Conv2d(in_features, dim, 1, device=device, dtype=dtype)
+
+    def forward(self, x):
+        var = self.conv(x).flatten(2).var(dim=2, correction=0)
+        return (var.clamp_min(1e-6) if self.clamp else var) ** (0.5 if self.root == "square" else 1)
+
+
+@pytest.fixture
+def new_head(monkeypatch):
+    monkeypatch.setitem(OPTIONS, "var", {"root": "square", "clamp": False})
+    assert register_pool(VarPool2d) is VarPool2d
+    yield
+    del SECOND_ORDER_POOLS["var"]
+
+
+def test_a_new_head_is_everywhere_once_it_is_registered(new_head, tmp_path):
+    """In networks, saved ones and their cards, under its own options; in the probe, and in the tables of the docs."""
+    test_a_pool_says_what_it_is_and_costs("var")
+    test_what_a_pool_does_not_use_is_refused("var")
+    for name in NETWORKS:
+        test_in_a_network(name, "var", tmp_path / name)
+    with pytest.raises(ValueError, match="no option of global_pool='var'; accepted: 'root', 'clamp'"):
+        create("second_order", "var", pool_kwargs={"roots": 1})
+    assert list(HEADS) == ["avg", "mlp", *SECOND_ORDER_POOLS]
+    head = create_head(timm.create_model("second_order", backbone="test_resnet", isqrt_dim=6), "var", 3, seed=0)
+    assert (type(head.global_pool), head.fc.in_features) == (VarPool2d, 6)
+    what, cost = heads_tables({"rows": [{"backbone": "test_resnet", "alternatives": {}}]})
+    assert '| `"var"` | Variances: those of each reduced channel | products of two channels are too many | ' in what
+    assert '| `"var"` | 256 |' in cost
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"pool_type": None}, "Head.pool_type=None is not accepted"),
+        ({"take_when": ""}, "Head.take_when='' is not accepted"),
+        ({"pool_type": "isqrt"}, "pool_type='isqrt' is not accepted; it is the name of IsqrtCovPool2d"),
+        ({"pool_type": "avg"}, "pool_type='avg' is not accepted; it is the name of timm's"),
+        ({"shared": {"cov_dim": "dim"}}, "Head.shared='cov_dim' is not accepted; accepted: 'isqrt_dim'"),
+        ({"shared": {}, "__init__": lambda self, in_features, dim: None}, "Head has no default for dim"),
+    ],
+)
+def test_a_head_that_says_too_little_is_not_registered(attributes, message):
+    before = dict(SECOND_ORDER_POOLS)
+    with pytest.raises(ValueError, match=message):
+        register_pool(type("Head", (VarPool2d,), {"pool_type": "head", **attributes}))
+    assert before == SECOND_ORDER_POOLS
+
+
 def test_the_official_flavor_has_its_own_pool():
     assert type(create_second_order_pool("isqrt", 8, flavor="official")) is OfficialIsqrtCovPool2d
 
@@ -98,7 +160,8 @@ def test_in_a_network(name, pool_type, tmp_path):
     """A step reaches every parameter; what is saved, options included, loads to the bit; the card says what it is."""
     model = create(name, pool_type).train()
     for key, value in OPTIONS.get(pool_type, {}).items():
-        assert not hasattr(model.global_pool, key) or getattr(model.global_pool, key) == value
+        found = getattr(model.global_pool, key, value)
+        assert isinstance(found, nn.Module) or found == value
     x = image(name)
     model(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -185,9 +248,7 @@ def test_without_a_class_token_the_average_comes_first():
 @pytest.mark.parametrize("pool_type", ["svpn", "moment"])
 def test_every_way_to_run_a_transformer_with_it(pool_type):
     """Scripted, traced, exported, compiled in one graph; with the class token where the head takes it."""
-    options = {**OPTIONS.get(pool_type, {})}
-    options.pop("first_moment", None)
-    model = create("second_order", pool_type, pool_kwargs=options).eval()
+    model = create("second_order", pool_type).eval()
     x = image("second_order")
     expected = model(x)
     auto = torch.export.Dim.AUTO
@@ -211,6 +272,5 @@ def test_pictures_of_covariances(pool_type):
     model = create("gsop_resnet26_net1", pool_type, gsop_layers=()).eval()
     (found,) = record(model, image("gsop_resnet26_net1", 1))
     assert found.covariance.shape == (6, 6)
-    is_root = pool_type in ("isqrt", "mpn")
-    assert found.normalization == ("square root" if is_root else "not normalized")
-    assert torch.equal(found.normalized, found.covariance) != is_root
+    normalized = found.normalization != "not normalized"
+    assert torch.equal(found.normalized, found.covariance) != normalized
