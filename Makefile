@@ -79,14 +79,14 @@ docs: $(VENV)/docs.done
 docs-serve: docs
 	$(RUN) -m http.server --bind 127.0.0.1 --directory build/docs 8000
 
-# Not the rows of equal time: they have more epochs.
-figures: CURVES = vanilla stride1 se isqrt isqrt_nodrop net1 net2 net2_nodrop
+figures: FIGURES = docs/figures
 figures: $(VENV)/demo.done
 	$(RUN) docs/figures/architecture.py
 	$(RUN) docs/measured.py
-	$(RUN) -m experiments.tables --csv experiments/results.csv --figure docs/figures/cifar10.png > /dev/null
-	$(RUN) -m timm_gsop.viz curves $(CURVES:%=experiments/results/scratch/%-0.csv) -o docs/figures/cifar10_curves.png
-	$(RUN) -m timm_gsop.viz curves benchmarks/results/fashion_mnist/*-0.csv -o docs/figures/fashion_mnist.png
+	$(RUN) -m experiments.tables --csv experiments/results.csv --figure $(FIGURES)/cifar10.png \
+		--curves $(FIGURES)/cifar10_curves.png > /dev/null
+	$(RUN) -m experiments.tables --plan experiments/plan_fashion_mnist.yaml --group fashion_mnist \
+		--curves $(FIGURES)/fashion_mnist.png > /dev/null
 
 release-notes: $(VENV)/test.done
 	$(RUN) .github/release_notes.py $(TAG)

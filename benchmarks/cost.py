@@ -124,7 +124,7 @@ EXPLAINED = {
     "Table 6, GSoP-Net2, macs": (1, 0.09),
 }
 
-# Tables 4 to 6: top-1 and top-5 error in %. Table 6's 19.95 stands beside "MPN-COV [21]": the text calls it iSQRT-COV.
+# Tables 4 to 6: top-1 and top-5 error in %. Table 6 gives 19.95 for "MPN-COV [21]": the text calls it iSQRT-COV.
 ERROR = {
     "gsop_resnet26_net1": "17.42 / 4.53 (ImageNet-250)",
     "gsop_resnet26_net2": "16.68 / 4.36 (ImageNet-250)",

@@ -3,7 +3,7 @@
 ``blocks``: a GSoP block after each stage of ResNet-50 at 224×224, the last one not down-sampled, and covariance
 pooling, beside alternatives. ``networks``: ResNet-50s, relative to the twin: the same network, its last stage not
 down-sampled either, without blocks. ``pieces``: the steps of GSoP-Net1's blocks and of GSoP-Net2's head. ``growth``:
-time and operations against the size. ``recipes``: a step of train_configs/fashion_mnist. ``heads``: second_order's.
+time and operations against the size. ``recipes``: a step of the plan for Fashion-MNIST. ``heads``: second_order's.
 ``gpu``: networks with the package's kernels, without, and compiled, at 256 and 32 images, and blocks, in one go.
 
 ``--json`` keeps the figures. ``--against DIR`` compares blocks and networks with those of another checkout.
@@ -22,7 +22,6 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 from timm.layers import create_attn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +30,7 @@ from benchmarks import ROOT, timing
 from benchmarks.cost import measure as measure_cost
 from benchmarks.textbook import TextbookChannelGsop, TextbookCovPool2d, exact_root
 from benchmarks.timing import Checkout, Work, peak_bytes, run_of, saved_bytes, seconds
+from experiments.plan import PLAN_FASHION_MNIST, load_plan
 from timm_gsop.hub.operations import count_macs
 from timm_gsop.layers import (
     SECOND_ORDER_POOLS,
@@ -225,16 +225,18 @@ def growth(args: Namespace) -> Groups:
 
 
 def recipes(args: Namespace) -> Groups:
-    """A training step of every recipe's network, in bfloat16 with channels last."""
+    """A training step of every network of the plan for Fashion-MNIST, in bfloat16 with channels last."""
     works, costs = {}, {}
-    for path in sorted(ROOT.glob("train_configs/fashion_mnist/*.yaml"), key=lambda path: path.stem != "preresnet20"):
-        recipe = yaml.safe_load(path.read_text())
+    for run in load_plan(PLAN_FASHION_MNIST):
+        if run.seed:
+            continue
+        recipe = run.settings
         overlay = dict(input_size=tuple(recipe["input_size"]), num_classes=recipe["num_classes"])
         kwargs = dict(pretrained_cfg_overlay=overlay, **recipe.get("model_kwargs", {}))
         kwargs.update({"global_pool": recipe["gp"]} if "gp" in recipe else {})
         model = timm.create_model(f"{recipe['model']}.untrained", **kwargs).to(memory_format=torch.channels_last)
-        works[path.stem] = run_of(model, torch.randn(128, *recipe["input_size"]), training=True, bfloat16=True)
-        costs[path.stem] = measure_cost(f"{recipe['model']}.untrained", **kwargs)._asdict()
+        works[run.row] = run_of(model, torch.randn(128, *recipe["input_size"]), training=True, bfloat16=True)
+        costs[run.row] = measure_cost(f"{recipe['model']}.untrained", **kwargs)._asdict()
     yield dict(costs=costs), works
 
 

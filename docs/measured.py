@@ -4,6 +4,7 @@ Writes the tables of docs/performance.md, results.md and backbones.md, and draws
 """
 
 import argparse
+import csv
 import inspect
 import json
 import math
@@ -16,22 +17,17 @@ import timm
 import torch
 
 from benchmarks import ROOT, table, update
-from experiments.plan import PLAN_GPU, RESULTS_GPU
+from experiments.plan import PLAN, PLAN_FASHION_MNIST, PLAN_GPU, load_plan, read_runs, runs_beside, top1
 from experiments.tables import all_tables, statistics
 from timm_gsop.hub.operations import count_macs
 from timm_gsop.layers import SECOND_ORDER_POOLS, accepted_arguments
 from timm_gsop.viz.figure import new_figure, save_figure
-from timm_gsop.viz.summary import read_summary
 
 RESULTS = ROOT / "benchmarks/results"
 PROBE = ROOT / "experiments/probe_results"
 PASSES = {False: "inference", True: "forward and backward"}
 LABELS = {"eigh": "`eigh`", "se": "SE", "cbam": "CBAM", "eca": "ECA", "gc": "GC"}
-AIMS = {
-    "inference": {"gsop_resnet50_net1": 1.06, "gsop_resnet50_net2": 1.11},
-    "training": {"gsop_resnet50_net1": 1.07, "gsop_resnet50_net2": 1.13},
-    "compiled": {"gsop_resnet50_net1": 1.05, "gsop_resnet50_net2": 1.10},
-}
+NETWORKS = ("resnet50", "twin", "isqrt_resnet50", "gsop_resnet50_net1", "gsop_resnet50_net2")
 FASHION_MNIST = {
     "preresnet20": "vanilla",
     "preresnet20_stride1": "vanilla, no down-sampling in the last stage",
@@ -47,72 +43,60 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def ratio(timing: Mapping[str, float], digits: int = 2) -> str:
-    """Median, and quartiles."""
-    return f"{timing['ratio']:.{digits}f}× ({timing['low']:.{digits}f}–{timing['high']:.{digits}f})"
+def ratio(timing: Mapping[str, float]) -> str:
+    """The median of a time relative to another."""
+    return f"{timing['ratio']:.2f}×"
 
 
-def milliseconds(seconds: float, digits: int = 1) -> str:
+def milliseconds(seconds: float) -> str:
     """Of seconds."""
-    return f"{1e3 * seconds:.{digits}f}"
+    return f"{1e3 * seconds:.1f}"
 
 
-def blocks_table(result: Mapping[str, Any], kind: str, digits: int = 1) -> str:
-    """Blocks or heads: time of ours, and of others relative to it."""
+def blocks_table(result: Mapping[str, Any], kind: str) -> str:
+    """Blocks or heads, a line for each map: time of ours, and of others relative to it, in both passes."""
     lines = []
     rows = [row for row in result["rows"] if row["kind"] == kind]
-    for row in rows:
-        ours, *others = row["alternatives"].values()
-        what = [f"{row['channels']}×{row['size']}×{row['size']}", PASSES[row["training"]]]
-        times = [milliseconds(seconds, digits) for seconds in (row["floor"], ours["seconds"])]
-        line = [*what, *times, *map(ratio, others), ""]
-        if row["training"]:
-            less = row["bytes"]["ours"] / row["bytes"]["textbook"]
-            line[-1] = f"{row['bytes']['ours'] / 1e6:.0f} MB, {less:.2f}× the textbook's"
-        lines.append(line)
+    for passes in zip(*([row for row in rows if row["training"] == way] for way in PASSES), strict=True):
+        columns = []
+        for row in passes:
+            ours, *others = row["alternatives"].values()
+            columns.append([milliseconds(row["floor"]), milliseconds(ours["seconds"]), *map(ratio, others)])
+        kept = passes[True]["bytes"]
+        cells = [" / ".join(column) for column in zip(*columns, strict=True)]
+        size = f"{passes[0]['channels']}×{passes[0]['size']}×{passes[0]['size']}"
+        lines.append([size, *cells, f"{kept['ours'] / kept['textbook']:.2f}×"])
     names = [f"{LABELS.get(name, name)} / ours" for name in rows[0]["alternatives"] if name != "ours"]
-    return table(["map", "pass", "floor (ms)", "ours (ms)", *names, "kept for the gradient"], lines)
+    return table(["map", "floor (ms)", "ours (ms)", *names, "ours / textbook, memory"], lines)
 
 
-def networks_table(result: Mapping[str, Any], blocks: Mapping[str, Any]) -> str:
-    """Networks: time and memory relative to the twin, beside arithmetic and the floors of their blocks and heads."""
+def networks_table(*results: Mapping[str, Any]) -> str:
+    """Time, operations and memory of networks, relative to the twin; results in several precisions of one machine."""
+    rows = [(result, row) for result in results for row in result["rows"] if row["way"] != "fused"]  # which is gone
+    names = [f"{row['way']}, bfloat16" if result is not results[0] else row["way"] for result, row in rows]
+    costs = rows[0][1]["costs"]
+    training = next(row for _, row in rows if row["way"] == "training")
     lines = []
-    for row in (row for row in result["rows"] if row["way"] != "fused"):  # which the package no longer has
-        *stages, head = [other["floor"] for other in blocks["rows"] if other["training"] == ("training" in row["way"])]
-        least = dict(gsop_resnet50_net1=sum(stages), gsop_resnet50_net2=sum(stages[:3]) + head, isqrt_resnet50=head)
-        twin, twin_cost = row["alternatives"]["twin"], row["costs"]["twin"]
-        for name, timing in row["alternatives"].items():
-            cost, aim, memory = row["costs"][name], AIMS.get(row["way"], {}).get(name), ""
-            floor = f"{1 + least[name] / twin['seconds']:.3f}×" if name in least else ""
-            if count := row["bytes"].get(name):
-                extra = 4 * max(0, cost["params"] - twin_cost["params"])
-                relative = (count - extra) / row["bytes"]["twin"]
-                memory = f"{count / 1e6:.0f} MB, {relative:.3f}× without the extra parameters'"
-            figures = [milliseconds(timing["seconds"]), f"{cost['macs'] / twin_cost['macs']:.3f}×", floor]
-            lines.append([row["way"], name, *figures, ratio(timing, 3), f"≤ {aim:.2f}×" if aim else "", memory])
-    header = ["way", "network", "ms", "arithmetic / twin's", "floor / twin's", "time / twin's", "aim", "peak memory"]
-    return table(header, lines)
-
-
-def bfloat16_table(exact: Mapping[str, Any], rounded: Mapping[str, Any]) -> str:
-    """Time relative to the twin, with products in float32, and with their operands rounded."""
-    setting = rounded["machine"]["float32_products"]
-    lines = [
-        [row["way"], name, milliseconds(timing["seconds"]), ratio(timing), ratio(other["alternatives"][name])]
-        for row, other in zip(exact["rows"], rounded["rows"], strict=True)
-        for name, timing in row["alternatives"].items()
-    ]
-    return table(["way", "network", "ms", "time / twin's", f'time / twin\'s, with `"{setting}"`'], lines)
+    for name in NETWORKS:
+        cells = [f"{costs[name]['macs'] / costs['twin']['macs']:.2f}×"]
+        cells += [ratio(row["alternatives"][name]) if name in row["alternatives"] else "" for _, row in rows]
+        extra = 4 * max(0, costs[name]["params"] - costs["twin"]["params"])
+        memory = (training["bytes"][name] - extra) / training["bytes"]["twin"]
+        lines.append([name if name == "twin" else f"`{name}`", *cells, f"{memory:.2f}×"])
+    return table(["network", "operations", *names, "memory, training"], lines)
 
 
 def pieces_table(*results: Mapping[str, Any]) -> str:
     """Each piece by itself, summed over the stages; with float32 products, or also with their operands rounded."""
-    sums: list[Counter[tuple[str, str]]] = [Counter() for _ in results]
-    for result, total in zip(results, sums, strict=True):
-        for row in result["rows"]:
-            total.update({(row["part"], name): timing["seconds"] for name, timing in row["alternatives"].items()})
-    lines = [[*key, *(milliseconds(total[key], 2) for total in sums)] for key in sums[0]]
-    return table(["of", "piece", *["ms", 'ms, with `"medium"`'][: len(results)]], lines)
+    lines: dict[str, list[str]] = {}
+    for result in results:
+        sums: dict[str, Counter[str]] = {}
+        for row in (row for row in result["rows"] if row["part"] != "excitation"):
+            found = sums.setdefault(row["part"], Counter())
+            found.update({name: timing["seconds"] for name, timing in row["alternatives"].items()})
+        for part, found in sums.items():
+            lines.setdefault(part, [part]).append("; ".join(f"{k} {milliseconds(v)}" for k, v in found.items()))
+    return table(["of", *["ms", 'ms, with `"medium"`'][: len(results)]], list(lines.values()))
 
 
 def heads_tables(result: Mapping[str, Any]) -> tuple[str, str]:
@@ -158,41 +142,41 @@ def versions(machine: Mapping[str, Any]) -> str:
     return f"Python {machine['python']}, torch {machine['torch']}, timm {machine['timm']}"
 
 
-def fashion_mnist_runs(folder: str) -> dict[str, list[float]]:
-    """Top-1 (%) of each recipe's runs, by seed: the last epoch's, so that no test image chose it."""
-    found = {}
-    for recipe in FASHION_MNIST:
-        paths = sorted(RESULTS.glob(f"{folder}/{recipe}-?.csv"))
-        found[recipe] = [read_summary(path)["eval_top1"][-1] for path in paths]
-    return found
+def trained_before(name: str, epochs: int) -> list[float]:
+    """Top-1 (%) after the last epoch of a row's runs on Fashion-MNIST with an older version, on the Xeon, by seed."""
+    with (RESULTS / "fashion_mnist/before.csv").open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["run"] == name and line["machine"].startswith("Intel")]
+    return [float(line["eval_top1"]) for line in lines if int(line["epoch"]) + 1 == epochs]
 
 
 def fashion_mnist_table() -> str:
-    """Every run, mean, standard deviation, number and spread."""
+    """Every run, mean, standard deviation, number and spread: of the last epoch, so that no test image chose it."""
     (steps,) = load("fashion_mnist/step_times")["rows"]
-    now, before = fashion_mnist_runs("fashion_mnist"), fashion_mnist_runs("fashion_mnist/xeon_amx")
+    plan, results = load_plan(PLAN_FASHION_MNIST), read_runs(runs_beside(PLAN_FASHION_MNIST))
     columns = ["network", "parameters (M)", "MMACs", "training step"]
     columns += ["top-1 (%) of each seed", "trained before", "mean of all", "std", "n", "spread of all"]
     lines = []
-    for recipe, name in FASHION_MNIST.items():
-        cost, runs = steps["costs"][recipe], now[recipe] + before[recipe]
-        link = f"[{name}](../train_configs/fashion_mnist/{recipe}.yaml)"
+    for row, name in FASHION_MNIST.items():
+        own, cost = [run for run in plan if run.row == row], steps["costs"][row]
+        now = [accuracy for run in own if (accuracy := top1(run, results)) is not None]
+        before = trained_before(f"{own[0].group}/{row}", own[0].epochs)
+        link = f"[{name}](../train_configs/{own[0].recipe}.yaml)"
         price = [f"{cost['params'] / 1e6:.3f}", f"{cost['macs'] / 1e6:.1f}"]
-        step = f"{steps['alternatives'][recipe]['ratio']:.1f}×"
-        each = (", ".join(f"{value:.2f}" for value in top1[recipe]) for top1 in (now, before))
-        lines.append([link, *price, step, *each, *statistics(runs)])
+        step = f"{steps['alternatives'][row]['ratio']:.1f}×"
+        each = (", ".join(f"{value:.2f}" for value in accuracies) for accuracies in (now, before))
+        lines.append([link, *price, step, *each, *statistics(now + before)])
     return table(columns, lines)
 
 
 def cifar10_tables() -> dict[str, str]:
     """Groups of both plans of which runs have finished."""
-    on_gpu = {f"{name}, GPU": found for name, found in all_tables(PLAN_GPU, RESULTS_GPU).items()}
-    return {name: "\n".join(lines) for name, (_, lines) in {**all_tables(), **on_gpu}.items()}
+    on_gpu = {f"{name}, GPU": found for name, found in all_tables(PLAN_GPU).items()}
+    return {name: "\n".join(lines) for name, (_, lines) in {**all_tables(PLAN), **on_gpu}.items()}
 
 
 def probe_tables() -> dict[str, str]:
     """What the probe found on each data set of its plan that has finished."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(PROBE.glob("*/results.json"))}
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(PROBE.glob("*.json"))}
     return {f"probe {name}": probe_table(result) for name, result in found.items()}
 
 
@@ -212,15 +196,16 @@ def probe_table(result: Mapping[str, Any]) -> str:
 
 def contents() -> dict[str, dict[str, str]]:
     """What the pages show, by the names of their markers."""
-    files = ("blocks", "networks", "networks_bfloat16", "networks_bfloat16_medium", "pieces", "pieces_medium")
-    blocks, networks, bfloat16, medium, pieces, pieces_medium = (load(f"performance/{name}") for name in files)
+    files = ("blocks", "networks", "networks_bfloat16", "pieces", "pieces_medium", "gpu/networks_high")
+    blocks, networks, bfloat16, pieces, pieces_medium, gpu = (load(f"performance/{name}") for name in files)
     performance = {
-        "blocks": f"{blocks_table(blocks, 'block')}\n\n{blocks_table(blocks, 'head')}",
-        "blocks' machine": about(blocks),
-        "models": networks_table(networks, blocks),
-        "models' machine": about(networks),
-        "bfloat16": bfloat16_table(bfloat16, medium),
+        "networks": networks_table(networks, bfloat16),
+        "networks' machine": about(networks),
+        "blocks": blocks_table(blocks, "block"),
+        "blocks' heads": blocks_table(blocks, "head"),
         "pieces": pieces_table(pieces, pieces_medium),
+        "networks, GPU": networks_table(gpu),
+        "networks' machine, GPU": about(gpu),
     }
     heads = load("performance/heads")
     return {

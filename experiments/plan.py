@@ -1,5 +1,6 @@
-"""The plan of the experiments, plan.yaml, as a list of runs of timm's train.py."""
+"""A plan, such as plan.yaml, as a list of runs of timm's train.py, and what its runs left, plan.runs.csv."""
 
+import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,12 +9,13 @@ from typing import Any
 
 import yaml
 
-from timm_gsop.viz.summary import read_summary
-from train_configs.recipes import after
+from timm_gsop.complete_file import replacing
+from timm_gsop.viz.summary import Summary, read_summary
 
 FOLDER = Path(__file__).parent
-PLAN, RESULTS = FOLDER / "plan.yaml", FOLDER / "results"
-PLAN_GPU, RESULTS_GPU = FOLDER / "plan_gpu.yaml", FOLDER / "results_gpu"
+PLAN, PLAN_GPU, PLAN_FASHION_MNIST = (FOLDER / f"plan{name}.yaml" for name in ("", "_gpu", "_fashion_mnist"))
+ABOUT = ("run", "seed", "commit", "resumed")
+METRICS = ("train_loss", "eval_loss", "eval_top1", "eval_top5", "lr")
 CONFIGS = FOLDER.parent / "train_configs"
 ROW_KEYS = {"recipe", "epochs", "seeds", "seconds", "options", "lrs", "same_time_as"}
 GROUP_KEYS = ROW_KEYS - {"same_time_as"} | {"what", "rows", "milestones", "lr_from", "references"}
@@ -24,7 +26,7 @@ class Run:
     """One run of train.py.
 
     Attributes:
-        group: Its group in the plan, and its folder.
+        group: Its group in the plan.
         row: Its row in the group; runs of a row differ in their seed only.
         seed: train.py's seed.
         recipe: The file in train_configs, without suffix.
@@ -45,7 +47,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Group, row and seed: the path of the results without suffix."""
+        """Group, row and seed."""
         return f"{self.group}/{self.row}-{self.seed}"
 
     @property
@@ -103,7 +105,8 @@ def _runs(name: str, group: dict[str, Any], times: dict[str, Any], groups: dict[
                 continue
             options, epochs = dict(row["options"]), row["epochs"]
             if "milestones" in group:
-                options["decay_milestones"] = after(*[round(part * epochs) for part in group["milestones"]])
+                # timm's multistep lowers the rate one epoch early.
+                options["decay_milestones"] = [round(part * epochs) + 1 for part in group["milestones"]]
             options = {
                 key: value.format(seed=seed) if key.endswith("split") else value for key, value in options.items()
             }
@@ -133,23 +136,49 @@ def _merge(group: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 def epochs_done(summary: Path) -> int:
     """How many epochs a summary.csv of train.py has; 0 if there is none yet."""
-    if not summary.exists() or summary.stat().st_size == 0:
-        return 0
     try:
         return int(max(read_summary(summary)["epoch"])) + 1
-    except ValueError:  # a header without an epoch, as after a kill
+    except (FileNotFoundError, ValueError):  # none, or a header without an epoch, as after a kill
         return 0
 
 
-def top1(run: Run, results: Path = RESULTS) -> float | None:
+def runs_beside(plan: Path) -> Path:
+    """Where the runs of a plan are kept: plan.runs.csv for plan.yaml."""
+    return plan.with_suffix(".runs.csv")
+
+
+def read_runs(path: Path) -> dict[str, Summary]:
+    """Every finished run's epochs, as :func:`read_summary` returns them, by the run's name."""
+    found: dict[str, Summary] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                run = found.setdefault(f"{line['run']}-{line['seed']}", {name: [] for name in ("epoch", *METRICS)})
+                for name, values in run.items():
+                    values.append(float(line[name]))
+    return found
+
+
+def keep_run(run: Run, summary: Path, commit: str, path: Path) -> None:
+    """Append what a finished run left to the runs that are kept."""
+    kept = path.read_text() if path.exists() else ",".join((*ABOUT, "epoch", *METRICS)) + "\n"
+    given, resumed = read_summary(summary), summary.read_text().count("epoch,") - 1  # a header each time
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        file.write(kept)
+        writer = csv.writer(file, lineterminator="\n")
+        for i, epoch in enumerate(given["epoch"]):
+            values = (given[name][i] for name in METRICS)
+            writer.writerow([f"{run.group}/{run.row}", run.seed, commit, resumed, int(epoch), *values])
+
+
+def top1(run: Run, results: dict[str, Summary]) -> float | None:
     """Accuracy (%) of a finished run after its last epoch; None without results of so many epochs as the plan says."""
-    path = results / f"{run.name}.csv"
-    if epochs_done(path) != run.epochs:
+    if run.name not in results or results[run.name]["epoch"][-1] + 1 != run.epochs:
         return None
-    return read_summary(path)["eval_top1"][-1]
+    return results[run.name]["eval_top1"][-1]
 
 
-def chosen_lr(run: Run, results: Path = RESULTS) -> float | None:
+def chosen_lr(run: Run, results: dict[str, Summary]) -> float | None:
     """The learning rate with the best validation accuracy; None while a run that decides on it is not finished."""
     found = [(top1(other, results), other.options["lr"]) for other in run.lr_from]
     if any(accuracy is None for accuracy, _ in found):

@@ -1,7 +1,7 @@
 """Tables of the runs that have finished: python -m experiments.tables, for docs/results.md.
 
 ``--csv FILE`` writes every run in the format of timm's results; ``--figure FILE`` draws accuracy against time, each row
-a point. A run that has not finished is in none of them.
+a point; ``--curves FILE`` draws error and loss against the epoch. A run that has not finished is in none of them.
 """
 
 import argparse
@@ -18,10 +18,12 @@ import yaml
 
 import timm_gsop  # noqa: F401  # registers the networks
 from benchmarks import table as markdown_table
-from experiments.plan import PLAN, RESULTS, Run, load_plan, measured_beside, top1
+from experiments.plan import PLAN, Run, load_plan, measured_beside, read_runs, runs_beside, top1
 from experiments.run import network
+from timm_gsop.complete_file import replacing
+from timm_gsop.viz.curves import draw_curves
 from timm_gsop.viz.figure import new_figure, save_figure
-from timm_gsop.viz.summary import read_summary
+from timm_gsop.viz.summary import Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,16 +83,16 @@ def statistics(values: Sequence[float]) -> list[str]:
 
 def table(
     runs: Sequence[Run],
+    results: dict[str, Summary],
     references: Sequence[str] = (),
-    results: Path = RESULTS,
     speeds: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[str]:
     """A group of the plan as a table in Markdown: accuracy by seed, statistics, differences to other rows.
 
     Args:
         runs: Those of the group.
+        results: The finished runs, as :func:`experiments.plan.read_runs` returns them.
         references: Rows from which differences are taken, seed by seed; times are relative to the first.
-        results: Folder of the finished runs.
         speeds: Images a second in training and in test by row, as ``--measure`` found.
     """
     speeds = speeds or {}
@@ -123,7 +125,7 @@ def table(
     return markdown_table(heads, lines).splitlines()
 
 
-def search_table(runs: Sequence[Run], results: Path = RESULTS) -> list[str]:
+def search_table(runs: Sequence[Run], results: dict[str, Summary]) -> list[str]:
     """A search for learning rates as a table in Markdown: validation accuracy of each, the best in bold."""
     rows: dict[str, dict[float, float]] = {}
     to_come: dict[str, set[float]] = {}
@@ -143,7 +145,7 @@ def search_table(runs: Sequence[Run], results: Path = RESULTS) -> list[str]:
     return markdown_table(["row", *[f"lr {rate:g}" for rate in rates]], lines).splitlines()
 
 
-def timm_rows(runs: Sequence[Run], results: Path = RESULTS) -> list[dict[str, str]]:
+def timm_rows(runs: Sequence[Run], results: dict[str, Summary]) -> list[dict[str, str]]:
     """Finished runs in the format of timm's results; ``model`` is group, row and seed."""
     rows, counts = [], {}
     for run in runs:
@@ -152,7 +154,7 @@ def timm_rows(runs: Sequence[Run], results: Path = RESULTS) -> list[dict[str, st
         key = network(run)
         if key not in counts:
             counts[key] = parameters(run)
-        summary, settings = read_summary(results / f"{run.name}.csv"), run.settings
+        summary, settings = results[run.name], run.settings
         best1, best5 = summary["eval_top1"][-1], summary["eval_top5"][-1]
         figures = (best1, 100 - best1, best5, 100 - best5)
         row = [run.name, settings["input_size"][-1], *[f"{figure:.3f}" for figure in figures], f"{counts[key]:.3f}"]
@@ -161,7 +163,7 @@ def timm_rows(runs: Sequence[Run], results: Path = RESULTS) -> list[dict[str, st
     return sorted(rows, key=lambda row: -float(row["top1"]))
 
 
-def draw_time(runs: Sequence[Run], results: Path, speeds: Mapping[str, Mapping[str, float]]) -> "Figure":
+def draw_time(runs: Sequence[Run], results: dict[str, Summary], speeds: Mapping[str, Mapping[str, float]]) -> "Figure":
     """Draw mean, lowest and highest accuracy against minutes of training; rows without speeds are left out.
 
     Raises:
@@ -191,13 +193,14 @@ def load_speeds(plan: Path = PLAN) -> dict[str, dict[str, float]]:
     return json.loads(measured.read_text()) if measured.exists() else {}
 
 
-def all_tables(plan: Path = PLAN, results: Path = RESULTS) -> dict[str, tuple[str, list[str]]]:
+def all_tables(plan: Path, results: Path | None = None) -> dict[str, tuple[str, list[str]]]:
     """What each group of the plan is about, and its table; without groups of which nothing is finished."""
     found, runs, speeds = {}, load_plan(plan), load_speeds(plan)
+    given = read_runs(results or runs_beside(plan))
     for name, group in yaml.safe_load(plan.read_text())["groups"].items():
         own = [run for run in runs if run.group == name]
         is_search = "lrs" in group
-        lines = search_table(own, results) if is_search else table(own, group.get("references", ()), results, speeds)
+        lines = search_table(own, given) if is_search else table(own, given, group.get("references", ()), speeds)
         if len(lines) > 2:
             found[name] = group["what"], lines
     return found
@@ -207,24 +210,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, default=PLAN)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help="the file of the finished runs, beside the plan by default")
     parser.add_argument("--csv", type=Path, help="all finished runs, in the format of timm's results")
     parser.add_argument("--figure", type=Path, help="accuracy against time, of --group")
-    parser.add_argument("--group", default="scratch", help="the group that the figure shows")
+    parser.add_argument("--curves", type=Path, help="error and loss against the epoch, of seed 0 of --group")
+    parser.add_argument("--group", default="scratch", help="the group that the figures show")
     args = parser.parse_args(argv)
-    runs, speeds = load_plan(args.plan), load_speeds(args.plan)
+    runs, speeds, results = (
+        load_plan(args.plan),
+        load_speeds(args.plan),
+        read_runs(args.results or runs_beside(args.plan)),
+    )
     for what, lines in all_tables(args.plan, args.results).values():
         print(f"**{what}**\n\n" + "\n".join(lines) + "\n")
+    shown = [run for run in runs if run.group == args.group]
     if args.figure:
-        shown = [run for run in runs if run.group == args.group]
-        save_figure(draw_time(shown, args.results, speeds), args.figure, dpi=120)
+        save_figure(draw_time(shown, results, speeds), args.figure, dpi=120)
+    if args.curves:
+        # Not the rows of equal time: they have more epochs.
+        seed_0 = [run for run in shown if run.seed == 0 and run.epochs == shown[0].epochs and run.name in results]
+        save_figure(draw_curves({run.row: results[run.name] for run in seed_0}), args.curves, dpi=120)
     if args.csv:
-        partial = args.csv.with_name(f"{args.csv.name}.partial")
-        with partial.open("w", newline="") as file:
+        with replacing(args.csv) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
-            writer.writerows(timm_rows(runs, args.results))
-        partial.replace(args.csv)
+            writer.writerows(timm_rows(runs, results))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The plan of the experiments and the command that runs what is left of it, also after a kill."""
 
-import csv
 import json
 import os
 import re
@@ -12,13 +11,23 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import yaml
 from PIL import Image
 
-from experiments.plan import PLAN, PLAN_GPU, RESULTS, RESULTS_GPU, chosen_lr, epochs_done, load_plan, top1
+from experiments.plan import (
+    PLAN,
+    PLAN_FASHION_MNIST,
+    PLAN_GPU,
+    chosen_lr,
+    epochs_done,
+    keep_run,
+    load_plan,
+    read_runs,
+    runs_beside,
+    top1,
+)
 from experiments.prepare import draw_all
 from experiments.run import main, speed_in
 from experiments.tables import COLUMNS, draw_time, search_table, table, timm_rows
@@ -26,7 +35,6 @@ from timm_gsop.viz.summary import read_summary
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = os.environ.get("TIMM_SCRIPTS")
-WITHOUT_COMPILER = dict(torchcompile=None, batch_size=8, validation_batch_size=10)
 
 
 def make_plan(folder: Path, **groups) -> Path:
@@ -43,7 +51,7 @@ def options(plan: Path, scripts: Path, *more: str) -> list[str]:
     """The runner's arguments: folders beside its plan."""
     folder = plan.parent
     (folder / "data/train").mkdir(parents=True, exist_ok=True)
-    given = dict(data=folder / "data", plan=plan, output=folder / "output", results=folder / "results")
+    given = dict(data=folder / "data", plan=plan, output=folder / "output")
     return [*[f"--{name}={path}" for name, path in given.items()], f"--timm-scripts={scripts}", *more]
 
 
@@ -54,9 +62,8 @@ def start(*given) -> subprocess.Popen:
 
 
 @pytest.fixture
-def run_here(monkeypatch, capsys):
+def run_here(capsys):
     """The runner in this process; returns what it prints."""
-    monkeypatch.setattr("experiments.run.POLL", 0.05)
 
     def run(*given) -> str:
         main(options(*given))
@@ -73,6 +80,12 @@ def stand_in(tmp_path) -> Path:
     return tmp_path / "scripts"
 
 
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process; a zombie, which nobody waits for, is not one."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().split()[2] != "Z"
+
+
 def wait_for(condition, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -80,40 +93,38 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_the_plan_has_what_was_asked_for():
-    """Networks, seeds and budget; equal time in epochs of the cheaper network."""
-    runs = load_plan(measured=Path("none"))
-    seeds: dict[str, int] = {}
-    for run in runs:
-        seeds[f"{run.group}/{run.row}"] = seeds.get(f"{run.group}/{run.row}", 0) + 1
-        kwargs = run.settings.get("model_kwargs", {})
-        assert timm.is_model(run.settings["model"]) or run.settings["model"] == "second_order", run
-        assert isinstance(kwargs, dict)
-    assert all(seeds[f"scratch/{row}"] >= 3 for row in ("vanilla", "stride1", "net1", "net2"))
-    assert all(seeds[f"scratch/{row}"] >= 2 for row in ("se", "isqrt", "isqrt_nodrop", "net2_nodrop"))
-    assert all(seeds[f"transfer_{size}/neutral"] >= 3 for size in (1000, 5000))
-    assert sum(run.seconds * run.epochs for run in runs) / 2 / 3600 < 8.5
-    by_row = {(run.group, run.row): run for run in runs}
-    for row in ("vanilla", "stride1"):
-        for net in ("net1", "net2"):
-            long, longer = by_row["scratch", f"{row}_{net}_time"], by_row["scratch", net]
-            assert long.epochs * long.seconds == pytest.approx(longer.epochs * longer.seconds, rel=0.06)
-            assert max(long.options["decay_milestones"]) <= long.epochs
-    assert len({run.name for run in runs}) == len(runs)
-    # Nothing is chosen by the test images.
-    assert {run.options["val_split"] for run in runs if run.group == "transfer_search"} == {"search_validation"}
+def test_rows_of_equal_time_have_as_many_epochs_as_fit(tmp_path):
+    """By what was measured, else by the plan's estimates; the rate falls at the same parts of the epochs."""
+    rows = dict(net=dict(seconds=3), long=dict(same_time_as="net"))
+    plan = make_plan(tmp_path, a=group(rows, epochs=10, milestones=[0.5]))
+    assert [run.epochs for run in load_plan(plan)] == [10, 30]
+    (tmp_path / "plan.measured.json").write_text(json.dumps({"a/net": dict(epoch=4.0), "a/long": dict(epoch=2.0)}))
+    assert [run.epochs for run in load_plan(plan)] == [10, 20]
+    assert [run.options["decay_milestones"] for run in load_plan(plan)] == [[6], [11]]
 
 
-@pytest.mark.parametrize(("plan", "results"), [(PLAN, RESULTS), (PLAN_GPU, RESULTS_GPU)])
-def test_what_is_committed_is_finished(plan, results):
-    """Results are those of the plan, with its options, and have no path of a machine."""
-    runs = {results / f"{run.name}.csv": run for run in load_plan(plan)}
-    for path in results.rglob("*.csv"):
-        assert top1(runs[path], results) is not None
-        arguments = path.with_suffix(".yaml").read_text()
-        assert not re.search(r": /", arguments)
-        given, planned = yaml.safe_load(arguments), runs[path].options
-        assert all((given.get(name) or None) == (value or None) for name, value in planned.items())
+@pytest.mark.parametrize("plan", [PLAN, PLAN_GPU, PLAN_FASHION_MNIST], ids=lambda path: path.stem)
+def test_what_is_committed_is_of_the_plan_and_finished(plan):
+    runs, results = {run.name: run for run in load_plan(plan)}, read_runs(runs_beside(plan))
+    assert results
+    for name in results:
+        assert top1(runs[name], results) is not None
+        assert timm.is_model(runs[name].settings["model"])
+
+
+def test_a_run_is_kept_to_the_last_digit(tmp_path):
+    """Also one that was resumed, of which train.py repeats the header and an epoch."""
+    (run,) = load_plan(make_plan(tmp_path, a=group(dict(one={}), epochs=2)))
+    lines = ["epoch,train_loss,eval_loss,eval_top1,eval_top5,lr", "0,1.25,1.5,50.340000009536745,90.0,0.1"]
+    (tmp_path / "summary.csv").write_text("\n".join([*lines, lines[0], "1,1.0,1.25,60.5,91.0,0.1"]) + "\n")
+    keep_run(run, tmp_path / "summary.csv", "abc", tmp_path / "plan.runs.csv")
+    keep_run(replace(run, seed=1), tmp_path / "summary.csv", "abc", tmp_path / "plan.runs.csv")
+    head, first, *rest = (tmp_path / "plan.runs.csv").read_text().splitlines()
+    assert head == "run,seed,commit,resumed,epoch,train_loss,eval_loss,eval_top1,eval_top5,lr"
+    assert first == "a/one,0,abc,1,0,1.25,1.5,50.340000009536745,90.0,0.1"
+    assert len(rest) == 3
+    kept = read_runs(tmp_path / "plan.runs.csv")
+    assert kept["a/one-0"] == kept["a/one-1"] == read_summary(tmp_path / "summary.csv")
 
 
 @pytest.mark.parametrize(
@@ -149,26 +160,26 @@ def test_subsets_are_balanced_disjoint_and_drawn_by_seed(tmp_path):
     assert not names("search_train") & names("search_validation")
 
 
-def test_killed_runs_resume_and_only_finished_ones_are_reported(stand_in, tmp_path, run_here):
-    """kill -9 of a run and of the runner: it goes on after the last epoch; what survives is not started twice."""
-    plan = make_plan(tmp_path, a=group(dict(one={}, two={}), epochs=8, seeds=1))
+def test_killed_runs_resume_and_only_finished_ones_are_kept(stand_in, tmp_path, run_here, capsys):
+    """kill -9 of a run and of the runner: what survives is not started twice; the rest goes on after its last epoch."""
+    plan = make_plan(tmp_path, a=group(dict(one={}, two={}), epochs=6))
     runner = start(plan, stand_in)
     summaries = [tmp_path / f"output/a/{row}-0/summary.csv" for row in ("one", "two")]
     wait_for(lambda: all(epochs_done(summary) >= 2 for summary in summaries))
     runner.kill()
-    victim = int((tmp_path / "output/a/one-0/starts.txt").read_text())
+    victim, survivor = (int((summary.parent / "starts.txt").read_text()) for summary in summaries)
     os.kill(victim, signal.SIGKILL)
-    assert not (tmp_path / "results").exists()
+    with pytest.raises(SystemExit):
+        run_here(plan, stand_in)
+    assert "a run that outlived it, is at work" in capsys.readouterr().err
+    assert not runs_beside(plan).exists()
+    wait_for(lambda: epochs_done(summaries[1]) == 6 and not is_alive(survivor))
     output = run_here(plan, stand_in)
-    assert re.search(r"started a/one-0 at epoch [2-7] of 8", output)
+    assert re.search(r"started a/one-0 at epoch [2-5] of 6", output)
     assert "2 of 2 runs finished" in output
-    assert (tmp_path / "output/a/one-0/starts.txt").read_text().count("\n") == 2
-    assert (tmp_path / "output/a/two-0/starts.txt").read_text().count("\n") == 1  # it had outlived its runner
-    for row in ("one", "two"):
-        assert read_summary(tmp_path / f"results/a/{row}-0.csv")["epoch"] == list(range(8))
-        arguments = yaml.safe_load((tmp_path / f"results/a/{row}-0.yaml").read_text())
-        assert arguments["epochs"] == 8
-        assert str(tmp_path) not in str(arguments)
+    assert [(summary.parent / "starts.txt").read_text().count("\n") for summary in summaries] == [2, 1]
+    kept = read_runs(runs_beside(plan))
+    assert [kept[name]["epoch"] for name in ("a/one-0", "a/two-0")] == [list(range(6))] * 2
     assert "started" not in run_here(plan, stand_in)
 
 
@@ -176,7 +187,7 @@ def test_a_run_that_fails_is_named_and_does_not_stop_the_others(stand_in, tmp_pa
     rows = dict(bad=dict(options=dict(model_kwargs=dict(fail=1))), good={})
     with pytest.raises(SystemExit, match=r"failed.*: a/bad-0$"):
         run_here(make_plan(tmp_path, a=group(rows)), stand_in, "--jobs=1")
-    assert [path.name for path in (tmp_path / "results/a").glob("*.csv")] == ["good-0.csv"]
+    assert list(read_runs(tmp_path / "plan.runs.csv")) == ["a/good-0"]
 
 
 def test_the_learning_rate_is_the_best_of_the_search(stand_in, tmp_path, run_here):
@@ -184,22 +195,11 @@ def test_the_learning_rate_is_the_best_of_the_search(stand_in, tmp_path, run_her
     search = group(dict(head={}), lrs=[0.1, 0.01, 0.001], epochs=1)
     plan = make_plan(tmp_path, search=search, final=group(dict(head={}), lr_from="search", epochs=1))
     runs = load_plan(plan)
-    assert chosen_lr(runs[-1], tmp_path / "results") is None
+    assert chosen_lr(runs[-1], {}) is None
     output = run_here(plan, stand_in, "--jobs=3")
     assert output.index("started final/head-0") > output.index("finished search/head_lr0.001-0")
-    assert chosen_lr(runs[-1], tmp_path / "results") == 0.01
-    assert yaml.safe_load((tmp_path / "results/final/head-0.yaml").read_text())["lr"] == 0.01
-
-
-@pytest.mark.parametrize(
-    ("rates", "said"), [([0.01, 0.001], "highest"), ([0.1, 0.01], "lowest"), ([0.1, 0.01, 0.001], None)]
-)
-def test_a_rate_at_the_end_of_the_search_is_pointed_out(rates, said, stand_in, tmp_path, run_here):
-    """A better one may lie beyond."""
-    search = group(dict(head={}), lrs=rates, epochs=1)
-    plan = make_plan(tmp_path, search=search, final=group(dict(head={}), lr_from="search", epochs=1))
-    (line,) = [line for line in run_here(plan, stand_in).splitlines() if "started final/head-0" in line]
-    assert line.endswith(f"; lr 0.01 is the {said} of the search") if said else "search" not in line
+    results = read_runs(runs_beside(plan))
+    assert chosen_lr(runs[-1], results) == results["final/head-0"]["lr"][-1] == 0.01
 
 
 def test_a_run_without_its_search_is_refused(stand_in, tmp_path, run_here, capsys):
@@ -225,15 +225,14 @@ def test_tables_have_what_is_finished(tmp_path):
     """Mean, standard deviation, number, spread, and differences seed by seed."""
     rows = dict(base=dict(seeds=2), net=dict(recipe="cifar10/gsop_preresnet20_net1", seconds=2, seeds=2), none={})
     runs = load_plan(make_plan(tmp_path, a=group(rows)))
-    results = tmp_path / "results"
     figures = {"a/base-0": 70.0, "a/base-1": 71.0, "a/net-0": 74.5, "a/net-1": 74.0}
-    (results / "a").mkdir(parents=True)
-    for name, accuracy in figures.items():
-        lines = [f"{epoch},{accuracy - 2 + epoch},98.5" for epoch in range(3)]
-        (results / f"{name}.csv").write_text("\n".join(["epoch,eval_top1,eval_top5", *lines]) + "\n")
-    (results / "a/none-0.csv").write_text("epoch,eval_top1,eval_top5\n0,99.0,100.0\n")  # one epoch of three
+    results = {
+        name: dict(epoch=[0.0, 1.0, 2.0], eval_top1=[50.0, 60.0, top], eval_top5=[98.5] * 3)
+        for name, top in figures.items()
+    }
+    results["a/none-0"] = dict(epoch=[0.0], eval_top1=[99.0], eval_top5=[100.0])  # one epoch of three
     speeds = {"a/base": dict(train=300.0, test=900.0), "a/net": dict(train=150.0, test=300.0)}
-    *_, base, net = table(runs, ["base"], results, speeds)
+    *_, base, net = table(runs, results, ["base"], speeds)
     assert base.startswith("| [base](../train_configs/cifar10/preresnet20.yaml) |  | 3 | 0.219 | 1.0× | 1.0× |")
     assert net.endswith("| 2.0× | 3.0× | 74.50, 74.00 | 74.25 | 0.35 | 2 | 0.50 | +4.50, +3.00 |")
     found = timm_rows(runs, results)
@@ -251,34 +250,21 @@ def test_tables_have_what_is_finished(tmp_path):
 def test_the_table_of_a_search_has_the_rate_that_is_chosen_in_bold(tmp_path):
     rows = dict(avg={}, isqrt=dict(lrs=[0.01, 0.03, 0.1]))
     runs = load_plan(make_plan(tmp_path, a=group(rows, epochs=1, lrs=[0.01, 0.03])))
-    (tmp_path / "a").mkdir()
-    for name, accuracy in {"avg_lr0.01": 70.0, "avg_lr0.03": 70.0, "isqrt_lr0.01": 60.0, "isqrt_lr0.1": 50.0}.items():
-        (tmp_path / f"a/{name}-0.csv").write_text(f"epoch,eval_top1\n0,{accuracy}\n")
-    head, _, avg, isqrt = search_table(runs, tmp_path)
+    found = {"avg_lr0.01": 70.0, "avg_lr0.03": 70.0, "isqrt_lr0.01": 60.0, "isqrt_lr0.1": 50.0}
+    results = {f"a/{name}-0": dict(epoch=[0.0], eval_top1=[accuracy]) for name, accuracy in found.items()}
+    head, _, avg, isqrt = search_table(runs, results)
     assert head == "| row | lr 0.01 | lr 0.03 | lr 0.1 |"
     assert avg == "| avg | 70.00 | **70.00** | – |"
     assert isqrt == "| isqrt | **60.00** | to come | 50.00 |"
-    assert chosen_lr(replace(runs[0], lr_from=tuple(runs[:2])), tmp_path) == 0.03
+    assert chosen_lr(replace(runs[0], lr_from=tuple(runs[:2])), results) == 0.03
 
 
 def test_the_figure_has_a_point_for_each_row_that_was_measured(tmp_path):
     runs = load_plan(make_plan(tmp_path, a=group(dict(one={}, two={}), epochs=1)))
-    (tmp_path / "a").mkdir()
-    for run in runs:
-        (tmp_path / f"{run.name}.csv").write_text("epoch,eval_top1\n0,70.0\n")
-    figure = draw_time(runs, tmp_path, {"a/one": dict(epoch=90.0)})
+    results = {run.name: dict(epoch=[0.0], eval_top1=[70.0]) for run in runs}
+    figure = draw_time(runs, results, {"a/one": dict(epoch=90.0)})
     (point,) = figure.axes[0].texts
     assert (point.get_text(), *point.xy) == ("one", 1.5, 70.0)
-
-
-def test_networks_of_the_plan_with_a_gpu():
-    """Twice as many bottlenecks and more in the deeper ones; heads and dropout are those of their rows."""
-    runs = {f"{run.group}/{run.row}": run for run in load_plan(PLAN_GPU, Path("none"))}
-    assert all(run.epochs >= 60 for run in runs.values() if run.group != "scratch")
-    for name, run in runs.items():
-        if run.group == "scratch56_long":
-            assert run.settings["model"] == runs[name.replace("56", "")].settings["model"].replace("20", "56")
-            assert "options" not in run.options
 
 
 def test_speed_is_read_after_the_compiler_is_done():
@@ -309,25 +295,16 @@ def test_groups_are_measured_before_their_first_run(stand_in, tmp_path, run_here
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SCRIPTS, reason="TIMM_SCRIPTS is not set")
-def test_timms_train_py_after_a_kill(tmp_path):
-    """The real thing, killed in its first run: the results are complete, and an epoch is not there twice."""
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 4), ("validation", 2)):
-        for label in range(10):
-            folder = tmp_path / f"data/{split}/{label}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                Image.fromarray(generator.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
-    plan = make_plan(tmp_path, a=group(dict(net=dict(options=WITHOUT_COMPILER)), epochs=4, milestones=[0.5]))
-    runner = start(plan, Path(SCRIPTS), "--jobs=1")
-    summary = tmp_path / "output/a/net-0/summary.csv"
-    wait_for(lambda: epochs_done(summary) >= 1 and (summary.parent / "last.pth.tar").exists())
-    log = "".join(runner.stdout.readline() for _ in range(2))
-    os.kill(int(re.search(r"process (\d+)", log)[1]), signal.SIGKILL)  # nice becomes train.py
-    rest, _ = runner.communicate(timeout=120)
-    assert runner.returncode == 0
-    assert "a/net-0 ended with -9" in rest
-    with (tmp_path / "results/a/net-0.csv").open(newline="") as file:
-        assert [row["epoch"] for row in csv.DictReader(file) if row["epoch"] != "epoch"][-1] == "3"
-    assert read_summary(tmp_path / "results/a/net-0.csv")["epoch"] == [0, 1, 2, 3]
-    assert "resume" not in yaml.safe_load((tmp_path / "results/a/net-0.yaml").read_text())
+def test_timms_train_py(tmp_path):
+    """The real thing accepts the runner's command line, and leaves what is kept."""
+    for i in range(4):
+        for split in ("train", "validation"):
+            (tmp_path / f"data/{split}/{i % 2}").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (60 * i, 99, 30)).save(tmp_path / f"data/{split}/{i % 2}/{i}.png")
+    row = dict(options=dict(torchcompile=None, batch_size=2, validation_batch_size=2, model_kwargs=dict(last_stride=1)))
+    plan = make_plan(tmp_path, a=group(dict(net=row), epochs=2, milestones=[0.5]))
+    output, _ = start(plan, Path(SCRIPTS)).communicate(timeout=300)
+    assert "1 of 1 runs finished" in output
+    (run,) = read_runs(runs_beside(plan)).values()
+    assert run["epoch"] == [0, 1]
+    assert run["lr"] == pytest.approx([0.25, 0.025])

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -78,6 +79,12 @@ def test_text_has_a_line_for_each_model(capsys):
     assert lines[0].startswith(f"timm-gsop {timm_gsop.__version__}, timm {timm.__version__}, torch ")
     assert any(line.split()[:2] == [f"{SHIPPED}.cifar10", "ships"] for line in lines)
     assert any(line.split() == ["gsop_preresnet56_net1", "none"] for line in lines)
+    (line,) = (line for line in lines if line.startswith("gsop_resnet50_net1."))
+    assert re.split("  +", line)[1:] == ["on the Hub", "neutral blocks", "timm/resnet50.a1_in1k"]
+    (line,) = (line for line in lines if line.startswith("gsop_resnet152_net2."))
+    assert "  neutral blocks, new head  " in line
+    (line,) = (line for line in lines if line.startswith("mpncov_resnet50."))
+    assert "  new head  " in line
 
 
 def test_kernels_say_what_turned_them_off(monkeypatch, capsys):

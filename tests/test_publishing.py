@@ -61,7 +61,8 @@ def test_card_of_weights_of_known_origin(tmp_path):
     assert "https://github.com/jiangtaoxie/fast-MPN-COV" in card
     assert 'timm.create_model("hf-hub:timm-gsop/gsop_resnet50_net2.isqrt_in1k", pretrained=True)' in card
     assert "features_only=True" in card
-    assert "pip install timm-gsop" in card
+    repository = yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"]
+    assert f"\npip install git+{repository}\n" in card
     assert "gao2019global" in card
     assert "li2018towards" in card
     assert {path.name for path in (tmp_path / "staged").iterdir()} == {

@@ -18,6 +18,9 @@ from timm_gsop import __version__
 from timm_gsop.layers import kernels
 from timm_gsop.pretrained.locate import weights_state
 
+_NO_WEIGHTS = {"tag": "", "state": "none", "source": "", "untrained": ""}
+_OF_THE_BACKBONE = {"state": "its backbone's", "untrained": "neutral blocks, new head"}
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
@@ -48,14 +51,16 @@ def _is_ours(model: str) -> bool:
 
 
 def _weights(model: str) -> list[dict[str, str]]:
-    """Every set of weights of a model that is more than a name: its tag, its state and where it comes from."""
+    """Every set of weights of a model that is more than a name: tag, state, source, and what it leaves untrained."""
     found = []
     for name, cfg in get_arch_pretrained_cfgs(model).items():
         state, source = weights_state(cfg)
         if cfg.file:  # no folders of the user's: this goes into reports of bugs
             source = Path(source).name
         if state != "none":
-            found.append({"tag": name.partition(".")[2], "state": state, "source": source})
+            notes = dict(note.partition(": ")[::2] for note in cfg.notes or ())
+            untrained = notes.get("untrained", "")
+            found.append({"tag": name.partition(".")[2], "state": state, "source": source, "untrained": untrained})
     return found
 
 
@@ -88,15 +93,17 @@ def _as_text(found: dict[str, Any]) -> str:
         "",
     ]
     rows = [
-        (f"{name}.{item['tag']}" if item["tag"] else name, item["state"], item["source"])
+        (f"{name}.{item['tag']}" if item["tag"] else name, item["state"], item["untrained"], item["source"])
         for name, weights in found["models"].items()
-        for item in weights or [{"tag": "", "state": "none", "source": ""}]
+        for item in weights or [_NO_WEIGHTS | (_OF_THE_BACKBONE if name == "second_order" else {})]
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    header = ("model", "weights", "untrained", "from")
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines += [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [("model", "weights", "from"), *rows]
+        for row in [header, *rows]
     ]
+    lines += ["", "Neutral blocks change nothing until they are trained. A new head makes random predictions."]
     return "\n".join(lines)
 
 

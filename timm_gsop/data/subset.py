@@ -26,7 +26,7 @@ def draw_classes(classes: Sequence[str], num_classes: int = 250, seed: int = 0) 
     Args:
         classes: Names to draw from.
         num_classes: How many to draw.
-        seed: Of the draw.
+        seed: Seed of the draw.
 
     Returns:
         The names, sorted.

@@ -80,8 +80,8 @@ def convert(
 
     Args:
         source: What made the checkpoint: ``"gsop"``, the code that the GSoP authors released; ``"fast-mpn-cov"`` and
-            ``"gcp"``, those of iSQRT-COV; ``"dropcov"`` and ``"moment-probing"``, those of these heads; ``"timm"``,
-            timm: its train.py or its saver, with one of our networks or one of its own.
+            ``"gcp"``, code of iSQRT-COV's authors; ``"dropcov"`` and ``"moment-probing"``, code of these heads'
+            authors; ``"timm"``, timm's train.py or its saver, with one of our networks or one of its own.
         checkpoint: A file; from timm, also a folder that timm's ``save_for_hf`` wrote, or the name of a model with
             pretrained weights. If train.py's ``args.yaml`` is beside the file, it says which network the file holds and
             the preprocessing that it was trained with.
@@ -235,7 +235,7 @@ def _say_if_the_stride_differs(base: Base, name: str, kwargs: dict[str, Any]) ->
     if isinstance(target, ResNet) and base.reduction_in(target) != target.feature_info[-1]["reduction"]:
         _logger.warning(
             "The function changes: %s has a last stage of another stride than the checkpoint's network, for which its "
-            "weights were not trained. last_stride=2 keeps the function; with output_stride=16 it is that of timm's "
-            "own network at output_stride=16.",
+            "weights were not trained. last_stride=2 keeps the function; output_stride=16 gives the function "
+            "of timm's network at output_stride=16.",
             name,
         )

@@ -3,7 +3,6 @@
 import inspect
 import re
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,10 @@ RECIPE = (
     *("warmup_epochs", "smoothing", "mixup", "cutmix", "aa", "reprob", "drop", "drop_path"),
     *("model_ema", "amp", "amp_dtype", "seed"),
 )
-"""What of train.py's arguments the card shows; all of them stand in args.yaml."""
+"""What of train.py's arguments the card shows; args.yaml has all of them."""
+
+REPOSITORY = "https://github.com/timm-gsop/timm-gsop"
+"""Where strangers get this package: it is on no index."""
 
 CITATIONS = """\
 @inproceedings{gao2019global,
@@ -108,7 +110,8 @@ def model_card(
     sections = [
         f"---\n{header.to_yaml()}\n---",
         f"# {repo_id.partition('/')[2]}",
-        f"A network with global second-order pooling (GSoP, CVPR 2019), for timm with the package {_package()}.",
+        "A network with second-order (covariance) pooling or blocks, for timm with the package "
+        f"[timm-gsop]({REPOSITORY}).",
         f"![Architecture]({figure})" if figure else "",
         _bullets(f"**{name}**: {value}" for name, value in facts.items() if value not in (None, "")),
         _section("Training data and recipe", [*data, *recipe]),
@@ -156,18 +159,9 @@ def _neutral_blocks(model: nn.Module) -> str | None:
         return None
     return (
         f"{len(neutral)} are untrained and neutral ({', '.join(f'`{name}`' for name in neutral)}): they scale every "
-        "channel alike, which the layers around them make up for, so the network computes what its base did. "
+        "channel alike, and the layers around them compensate for that, so the network computes what its base did. "
         "Fine-tune it to make use of them."
     )
-
-
-def _package() -> str:
-    """This package, with a link to its repository where its metadata has one."""
-    try:
-        urls = dict(entry.split(", ", 1) for entry in metadata("timm-gsop").get_all("Project-URL") or ())
-    except PackageNotFoundError:  # run from a clone
-        urls = {}
-    return f"[timm-gsop]({urls['Repository']})" if "Repository" in urls else "timm-gsop"
 
 
 def _backbone(folder: HubFolder) -> str | None:
@@ -221,7 +215,7 @@ def _usage(repo_id: str, config: dict[str, Any]) -> str:
     return f"""## Use
 
 ```
-pip install timm-gsop
+pip install git+{REPOSITORY}
 ```
 
 Without the package, timm and transformers do not know `{config["architecture"]}`, and upgrading them does not help.

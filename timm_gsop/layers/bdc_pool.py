@@ -1,8 +1,8 @@
 """Deep Brownian distance covariance: centred distances between channels.
 
 Paper: Joint Distribution Matters: Deep Brownian Distance Covariance for Few-Shot Classification, CVPR 2022 -
-https://arxiv.org/abs/2204.04567. The released code is https://github.com/Fei-Long121/DeepBDC; the formulas here are
-those of that code.
+https://arxiv.org/abs/2204.04567. The released code is https://github.com/Fei-Long121/DeepBDC; it has the
+same formulas.
 """
 
 from collections.abc import Mapping

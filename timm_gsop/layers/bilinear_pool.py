@@ -44,7 +44,7 @@ def bilinear_pool(
 
     Args:
         x: Features: (B, C, H, W), or (…, C, M) of at most three dimensions.
-        weights: Of the positions, as in :func:`covariance_pool`.
+        weights: Weights of the positions, as in :func:`covariance_pool`.
         spatial_dims: As in :func:`covariance_pool`.
 
     Returns:
@@ -223,7 +223,7 @@ class CompactBilinearPool2d(SecondOrderPool2d):
         in_features: Channels of the input, C.
         out_features: Features of the output; powers of two are transformed fastest, and most exactly in ONNX.
         dim: Channels after a reduction (1×1 convolution, BN, ReLU), which the paper does not have; None for none.
-        seed: Of the generator of hashes and signs.
+        seed: Seed of the generator of hashes and signs.
 
     Raises:
         ValueError: If an argument < 1; in ``forward``, if the input does not have four dimensions.

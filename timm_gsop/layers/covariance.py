@@ -35,8 +35,8 @@ def covariance_pool(
     Args:
         x: Features: (B, C, H, W), or (…, C, M) of at most three dimensions. An image without its batch, (C, H, W),
             would be read as (B, C, M): pass ``x[None]``, or ``spatial_dims=2``.
-        weights: Of the positions, >= 0 (not checked), in the shape of ``x`` without C: (B, H, W) or (B, M). Their
-            gradient is right at zero too. If all of a sample's are zero, so is its covariance.
+        weights: A weight for each position, >= 0 (not checked), in the shape of ``x`` without C: (B, H, W) or (B, M).
+            Their gradient is right at zero too. If all weights of a sample are zero, its covariance is zero.
         spatial_dims: How many dimensions after C are positions, after any before it: 1 for (…, C, M), 3 for volumes.
 
     Returns:
@@ -85,7 +85,7 @@ def _covariance_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     if has_exact_products(x):
         return half_covariance_gradient(x, grad)
     centred = centre(x)
-    # Channels last: so is the gradient then. The compiler decides about layouts itself.
+    # The gradient of a channels-last map is channels last too. The compiler chooses layouts itself.
     if not torch.compiler.is_compiling() and x.stride(1) == 1:
         return torch.bmm(centred.transpose(1, 2), grad).transpose(1, 2).to(x.dtype)
     return torch.bmm(grad, centred).to(x.dtype)

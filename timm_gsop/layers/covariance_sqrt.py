@@ -31,13 +31,14 @@ def covariance_sqrt(
     .. math:: Y_N(\bar X \bar X^\top) = \bar X \, Z_N(\bar X^\top \bar X) \, \bar X^\top
 
     for every number of steps N: both ways give the same result, but for rounding. Weights that need a gradient are the
-    exception: then the iteration runs on C×C matrices, because that of a weight's square root has no limit at zero.
+    exception: then the iteration runs on C×C matrices, because the gradient of a weight's square root has no limit at
+    zero.
 
     Args:
         x: Features: (B, C, H, W), or (…, C, M) of at most three dimensions. A constant map gives zeros, and zero
             gradients.
         num_iters: Number of Newton–Schulz iterations N.
-        weights: Of the positions, as in :func:`covariance_pool`.
+        weights: Weights of the positions, as in :func:`covariance_pool`.
         spatial_dims: As in :func:`covariance_pool`.
 
     Returns:

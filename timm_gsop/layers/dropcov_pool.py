@@ -1,7 +1,7 @@
 """DropCov: covariance pooling without a root, whose channels are dropped in training.
 
 Paper: DropCov: A Simple yet Effective Method for Improving Deep Architectures, NeurIPS 2022. The released code is
-https://github.com/mingzeG/DropCov; the text's formulas are those of that code.
+https://github.com/mingzeG/DropCov; it has the same formulas.
 """
 
 import math

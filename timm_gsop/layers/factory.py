@@ -237,8 +237,8 @@ def pool_cost(pool: SecondOrderPool2d, height: int, width: int) -> PoolCost:
 
     Args:
         pool: The pool, on any device.
-        height: Of the map.
-        width: Of the map.
+        height: Height of the map.
+        width: Width of the map.
 
     Examples:
         >>> pool_cost(create_second_order_pool("cov", 64, isqrt_dim=16), 7, 7)  # 7·7·64·16 + 7·7·16·16

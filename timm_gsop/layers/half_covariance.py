@@ -55,7 +55,7 @@ def half_covariance_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tenso
     grad = grad.to(x.dtype)
     mean = x.mean(dim=2, keepdim=True, dtype=torch.float32)
     of_mean = (grad.float() * mean.transpose(1, 2)).sum(dim=2, keepdim=True)  # not a product, which TF32 would round
-    # Channels last: so is the gradient then. The compiler decides about layouts itself.
+    # The gradient of a channels-last map is channels last too. The compiler chooses layouts itself.
     if not torch.compiler.is_compiling() and x.stride(1) == 1:
         product = _product(x.transpose(1, 2), grad).transpose(1, 2)
     else:

@@ -263,16 +263,16 @@ class _NewtonSchulz(torch.autograd.Function):
 def _gradient(
     g: torch.Tensor, a: torch.Tensor, ys: list[torch.Tensor], zs: list[torch.Tensor], inverse: bool
 ) -> torch.Tensor:
-    r"""Gradient with respect to the covariance, given A, Y_1 to Y_(N-1), Z_1 to Z_(N-1), and that with respect to Y_N.
+    r"""Gradient with respect to the covariance, from A, Y_1 to Y_(N-1), Z_1 to Z_(N-1) and the result's gradient g.
 
-    Of an inverse root, it is given that with respect to Z_N. With G and H the gradients with respect to Y and Z after a
-    step, those before it are
+    The result is Y_N, or Z_N for an inverse root. If G and H are the gradients with respect to Y and Z after a step,
+    the gradients before that step are
 
     .. math:: \tfrac32 G - \mathrm{sym}(Z (U + \tfrac12 V)), \quad \tfrac32 H - \mathrm{sym}((V + \tfrac12 U) Y),
         \qquad U = Y G, \; V = H Z
 
     where sym is the symmetric part. These are four products; the plain chain rule has six. Two are saved
-    because Y and Z are symmetric. Late steps take all of them (:func:`_before_late_steps`).
+    because Y and Z are symmetric. Late steps use all six (:func:`_before_late_steps`).
     """
     if not ys:  # a single step, to A (3I - A) / 2, or to (3I - A) / 2
         u = g if inverse else torch.bmm(a, g)

@@ -1,7 +1,7 @@
 """Moment probing: a head for frozen backbones, of first and second moments.
 
 Paper: Tuning Pre-trained Model via Moment Probing, ICCV 2023 - https://arxiv.org/abs/2307.11342. The released code is
-https://github.com/mingzeG/Moment-Probing; the formulas here are those of that code.
+https://github.com/mingzeG/Moment-Probing; it has the same formulas.
 """
 
 from typing import Any
@@ -41,13 +41,13 @@ class MomentPool2d(SecondOrderPool2d):
 
     .. math:: \frac{1}{2} [f, F]
 
-    One linear classifier of this is the published mean of two classifiers. A class token is the first moment where
-    ``forward`` is given one, else the average is. The released code normalizes the average of ConvNeXt's maps besides
-    (layer normalization, without which it is here).
+    One linear classifier of these features computes the published mean of two classifiers. The first moment is the
+    class token if ``forward`` is given one, else the average. The released code also applies layer normalization to the
+    average of ConvNeXt's maps; this class does not.
 
     There is neither dropout nor batch normalization: training is as evaluation. Products and column norms are computed
     in at least float32, also under autocast; the output has the dtype of the weights. The order of the positions does
-    not matter, tokens may come as (B, C, N, 1); that of the channels of ``proj`` does.
+    not matter, so tokens may come as (B, C, N, 1). The order of the channels of ``proj`` matters.
 
     Args:
         in_features: Channels of the input, C.

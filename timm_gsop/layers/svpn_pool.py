@@ -25,13 +25,13 @@ for _leaf in ("centre_groups", "check_ndim", "check_token", "cross_moments", "fi
 def singular_value_power_norm(
     mat: torch.Tensor, vector: torch.Tensor, alpha: float = 0.5, num_iters: int = 1
 ) -> torch.Tensor:
-    r"""Raise the largest singular value of matrices to a power, and divide the rest by what that divides it by (svPN).
+    r"""Raise the largest singular value of matrices to a power, and divide the rest by the same factor (svPN).
 
     .. math:: \sigma^\alpha u v^\top + \frac{Q - \sigma u v^\top}{\sigma^{1 - \alpha} + 10^{-5}}
 
     The power method estimates σ, u and v from a given start; its steps are differentiated, the start too. One step
-    gives a σ that is below the largest singular value: the function is that of the estimate. As released, but for a
-    floor of 1e-12 under σ, which makes the gradient at zero finite.
+    gives a σ below the largest singular value, and the formula uses this estimate. That is as in the released code,
+    except for a floor of 1e-12 under σ, which makes the gradient at zero finite.
 
     Args:
         mat: Q, (..., w, w).

@@ -30,15 +30,16 @@ def build_model(
 ) -> Any:
     """timm's ``build_model_with_cfg``, with weights that :func:`locate_weights` finds and :func:`fit_head` fits.
 
-    A network's own configuration does not describe the weights that its name stands for, for timm's saver would say
-    that of whatever is trained from it: ``timm.get_pretrained_cfg(name)`` does. Label names stay while they are true.
+    The configuration of a created network leaves out the licence, origin and figures of its weights, because timm's
+    saver would claim them for every network that is trained from it. ``timm.get_pretrained_cfg(name)`` has them. Label
+    names stay as long as they are true.
 
     Args:
         model_cls: Class of the network.
         variant: Its registered name.
         pretrained: Whether to load weights.
         pretrained_cfg: Configuration of the weights, or its tag; None for the name's default.
-        pretrained_cfg_overlay: Entries in place of those of the configuration.
+        pretrained_cfg_overlay: Entries that replace the configuration's.
         pretrained_filter_fn: Fits weights to the network, before its head is fitted.
         cache_dir: Where downloads are kept, in place of the Hub's and PyTorch's own folders.
         **kwargs: For timm's function and the network.

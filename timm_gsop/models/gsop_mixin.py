@@ -135,7 +135,7 @@ def reset_parameters(module: Any, package: str = "") -> None:
         module: The network or layer that holds them.
         package: Where the classes of the layers come from; others are left as they are.
     """
-    for layer in reversed(list(module.modules())):  # children first: a layer has the last word about its parts
+    for layer in reversed(list(module.modules())):  # children first, so that a layer can override them
         reset: Any = getattr(layer, "reset_parameters", None)
         if reset is not None and type(layer).__module__.startswith(package):
             reset()

@@ -114,11 +114,11 @@ def checkpoint_filter_fn(weights: Weights, model: GsopResNet) -> Weights:
     """Fit weights to a network: the released code's get our names, and blocks that they lack start neutral.
 
     Args:
-        weights: By our names, or by those of fast MPN-COV, GCP or DropCov.
+        weights: By our names, or by the names of fast MPN-COV, GCP or DropCov.
         model: The network; its new blocks' weights are changed.
 
     Returns:
-        Weights with which the network computes what theirs did. Where its pooling differs, a warning says so.
+        Weights with which the network computes what the original did. Where its pooling differs, a warning says so.
 
     Raises:
         ValueError: If a new block cannot start neutral (see :func:`neutral_start`), or if only one of weights and
@@ -206,6 +206,7 @@ def _isqrt_in1k(name: str, **kwargs: Any) -> dict[str, Any]:
         + ("; three GSoP blocks in it that are untrained and leave its function as it is." if neutral else "."),
         notes=(
             "data: ImageNet-1k",
+            *(("untrained: neutral blocks",) if neutral else ()),
             f"reported: top-1 / top-5 error {_ISQRT_ERRORS[depth]} %, by the authors of iSQRT-COV for their network "
             "(https://github.com/jiangtaoxie/fast-MPN-COV); not measured by us",
         ),

@@ -1,7 +1,7 @@
 """GSoP-Net on other networks of timm: ResNeXt, DenseNet and Inception-v3 (the paper's conclusion names the last two).
 
-Their weights have the names that they have in timm. The paper does not say where blocks would stand: they stand where a
-stage ends. In DenseNet and Inception-v3 every stage keeps its stride.
+Their weights have timm's names. The paper does not say where the blocks are. Here each stage ends with one. In DenseNet
+and Inception-v3 every stage keeps its stride.
 
 Papers:
 * Global Second-order Pooling Convolutional Networks, CVPR 2019 - https://arxiv.org/abs/1811.12006
@@ -185,7 +185,7 @@ def filter_without_aux(weights: Weights, model: GsopDenseNet | GsopInceptionV3) 
         model: The network; its new blocks' weights are changed.
 
     Returns:
-        Weights with which the network computes what theirs did.
+        Weights with which the network computes what the original network did.
     """
     return neutral_start(model, {name: value for name, value in weights.items() if not name.startswith("AuxLogits.")})
 

@@ -339,7 +339,7 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
 def _remove_unused(backbone: nn.Module, features: BackboneFeatures) -> None:
     """Remove layers that only the backbone's own head calls, whose weights would never have a gradient.
 
-    Parameters that are used, but not for the image's features, are frozen: those of class attention, for one.
+    Parameters that are used, but not for the image's features, such as those of class attention, are frozen.
     """
     removed: tuple[str, ...] = ()
     for path, module in list(backbone.named_modules()):
@@ -475,7 +475,7 @@ def _is_whole_network(source: PretrainedCfg) -> bool:
 
 
 def _inherited(backbone: str, pretrained: bool) -> dict[str, Any]:
-    """What the configuration of a network has from that of its backbone."""
+    """Entries of a network's configuration that come from its backbone's."""
     cfg = get_pretrained_cfg(backbone) or PretrainedCfg()
     first_conv = cfg.first_conv
     if first_conv is not None:

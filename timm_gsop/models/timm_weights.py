@@ -42,6 +42,7 @@ def with_timm_weights(
     if "gsop" in model:
         blocks += "; with GSoP blocks that are untrained and neutral: they leave the function of its backbone as it is"
     head = "; covariance pooling and classifier are untrained." if new_head else "."
+    untrained = ["neutral blocks"] * ("gsop" in model) + ["new head"] * new_head
     return {
         f"{model}.{base.tag}": {
             **cfg,
@@ -49,6 +50,6 @@ def with_timm_weights(
             "hf_hub_id": f"timm/{origin}",
             "origin_url": f"https://huggingface.co/timm/{origin}",
             "description": blocks + head + ("" if same_function else _SAME_SIZE),
-            "notes": ("data: ImageNet-1k",),
+            "notes": ("data: ImageNet-1k", *([f"untrained: {', '.join(untrained)}"] if untrained else ())),
         }
     }

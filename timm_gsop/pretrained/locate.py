@@ -204,7 +204,7 @@ def _sha256_if_there(path: Path) -> str:
     try:
         return sha256_of(path)
     except FileNotFoundError:  # another process has just removed it
-        return "that of no file"
+        return "unknown (the file is gone)"
 
 
 def _removed(path: Path, digest: str) -> _DamagedError:

@@ -48,8 +48,8 @@ def neutral_start(model: nn.Module, weights: Weights) -> Weights:
 
     Args:
         model: The network with blocks; the new ones' weights are changed.
-        weights: Of the network without them, or with some, by the model's names. A classifier or a covariance pooling
-            that they do not have needs no scaling.
+        weights: Weights of the network without blocks, or with some of them, by the model's names. They may lack a
+            classifier or a covariance pooling, which then needs no scaling.
 
     Returns:
         ``weights``, adapted, with those of the new blocks; tensors that need no change are shared.
@@ -144,8 +144,8 @@ def _normalized_by(bn: str) -> list[_Scaling]:
     return [_Scaling(f"{bn}.running_mean", NEUTRAL_GAIN), _Scaling(f"{bn}.running_var", NEUTRAL_GAIN**2)]
 
 
-# Inception-v3, by the module that a block follows: what reads it in the next one; what reads, in the one after that,
-# the channels that the next one's maximum passes on.
+# Inception-v3: for each module that a block follows, the convolutions that read the block's output. The next module
+# reads all of it. The module after that reads the channels that the next module's max-pooling passes on.
 _INCEPTION = {
     "Mixed_5d": (
         ("Mixed_6a", ("branch3x3", "branch3x3dbl_1")),

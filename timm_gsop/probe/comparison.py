@@ -80,7 +80,7 @@ def run(
             with other validation images.
         epochs: Passes over the training images in each training; None for 12, and more where these would be fewer than
             300 steps.
-        seed: Of the first split, and of everything that is drawn.
+        seed: Seed of the first split, and of everything that is drawn.
         device: Where the backbone runs and heads are trained; None for the best one there is.
         batch_size: Images in a batch of the backbone.
         workers: Processes that read images.

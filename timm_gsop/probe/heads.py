@@ -42,7 +42,7 @@ class Trained(NamedTuple):
     """A trained head, in NumPy's arrays, which go from process to process.
 
     Attributes:
-        logits: Of the test images.
+        logits: Logits of the test images.
         validation: Accuracy on the validation images, in percent.
         validation_loss: Cross entropy there.
         state: Its weights and buffers.
@@ -84,7 +84,7 @@ def create_head(network: Any, name: str, num_classes: int, seed: int, hidden: in
         network: The ``second_order`` network, whose head is replaced.
         name: One of ``HEADS``.
         num_classes: Number of classes.
-        seed: Of its initial weights.
+        seed: Seed of its initial weights.
         hidden: Hidden width of ``"mlp"``.
 
     Raises:
@@ -156,11 +156,11 @@ def train_head(
 
     Args:
         head: As :func:`create_head` makes it.
-        inputs: Of all images.
+        inputs: Inputs of all images.
         targets: Classes of all images.
         split: Which images are for what.
         options: Learning rate and weight decay.
-        seed: Of the order of the images, and of dropout.
+        seed: Seed of the order of the images, and of dropout.
         device: Where it is trained.
         epochs: Passes over the training images; None for 12, and more where these would be fewer than 300 steps.
     """

@@ -74,7 +74,7 @@ def draw_splits(images: Images, count: int, seed: int) -> list[Split]:
     Args:
         images: The images.
         count: Number of splits.
-        seed: Of the first split; the following ones have the following seeds.
+        seed: Seed of the first split; the following ones have the following seeds.
 
     Raises:
         ValueError: If a class has fewer images than the parts need.

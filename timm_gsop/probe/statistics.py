@@ -33,7 +33,7 @@ def paired_difference(correct: ArrayLike, reference: ArrayLike, seed: int = 0) -
     Args:
         correct: (seeds, images): whether a head is right.
         reference: The same of the other head, in the same order.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Examples:
         >>> paired_difference([[1, 1, 1, 0]], [[1, 0, 1, 0]]).mean

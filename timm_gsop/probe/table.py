@@ -18,13 +18,13 @@ class Row:
         top5_err: 100 − top5.
         param_count: Parameters of backbone and head together, in millions.
         img_size: Height of the images.
-        crop_pct: Of timm's data configuration.
-        interpolation: Of timm's data configuration.
+        crop_pct: Crop ratio of timm's data configuration.
+        interpolation: Interpolation of timm's data configuration.
         level: Feature level.
         head: Name of the head.
-        channels: Of the level's maps.
-        height: Of the level's maps.
-        width: Of the level's maps.
+        channels: Channels of the level's maps.
+        height: Height of the level's maps.
+        width: Width of the level's maps.
         features: What the classifier reads.
         head_params: Parameters of the head.
         lr: Learning rate, by the search.

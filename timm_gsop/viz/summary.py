@@ -15,8 +15,8 @@ def read_summary(path: Path) -> Summary:
         path: The file.
 
     Returns:
-        Columns by name, ``epoch`` and ``eval_top1`` (%) among them, a value an epoch. Of an epoch that stands there
-        twice, as after a resumed training, the later.
+        Columns by name, ``epoch`` and ``eval_top1`` (%) among them, a value an epoch. If an epoch is there
+        twice, as after a resumed training, the later row counts.
 
     Raises:
         OSError: If the file cannot be read.

@@ -48,11 +48,11 @@ def norm_relu_covariance(
 
     Args:
         z: (B, C, H, W).
-        weight: Of the normalization, (C,).
-        bias: Of the normalization, (C,).
+        weight: Weight of the normalization, (C,).
+        bias: Bias of the normalization, (C,).
         mean: (C,).
         var: (C,), biased.
-        eps: Of the normalization.
+        eps: Epsilon of the normalization.
         of_batch: Whether ``mean`` and ``var`` are those of ``z``, and depend on it.
     """
     arguments = (z, weight, bias, mean, var, eps, of_batch)

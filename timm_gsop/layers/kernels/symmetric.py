@@ -17,7 +17,7 @@ def plus_transpose(mat: torch.Tensor, scale: float = 1.0, dtype: torch.dtype | N
     Args:
         mat: Matrices, (B, C, C).
         scale: Factor.
-        dtype: Of the result; None for that of ``mat``.
+        dtype: Dtype of the result; None for the dtype of ``mat``.
     """
     batch, size, _ = mat.shape
     out = torch.empty(mat.shape, dtype=dtype or mat.dtype, device=mat.device)
