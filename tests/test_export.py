@@ -159,7 +159,7 @@ def openvino_cases() -> list:
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this PyTorch does not say that it exports")
 @pytest.mark.parametrize(("what", "strict"), openvino_cases())
 def test_openvino_converts_what_was_exported(what, strict):
-    """Any batch. docs/export.md has what it cannot convert."""
+    """Any batch. docs/deploy.md has what it cannot convert."""
     openvino = pytest.importorskip("openvino")
     batch_dim = 0
     if what == "layers":
