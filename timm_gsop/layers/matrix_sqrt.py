@@ -189,8 +189,8 @@ def _eye(mat: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
 @torch.compiler.assume_constant_result
 def _constant_eye(size: int, scale: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """One constant of a graph, in place of the operations that make it."""
-    eye = np.eye(size, dtype=np.float32 if dtype == torch.float32 else np.float64)
-    return torch.as_tensor(scale * eye, device=device)
+    diagonal = np.full(size, scale, dtype=np.float32 if dtype == torch.float32 else np.float64)
+    return torch.as_tensor(np.diag(diagonal), device=device)
 
 
 def _plus_transpose(mat: torch.Tensor) -> torch.Tensor:

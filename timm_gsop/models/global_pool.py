@@ -161,7 +161,7 @@ class GlobalPoolMixin:
         for name in widths:
             for width in _halves(getattr(self, name)):
                 shared = {**{n: getattr(self, n) for n in accepted_arguments(pool_type)}, name: width}
-                options = dict(pool_kwargs=self.pool_kwargs, device="meta")
+                options: dict[str, Any] = dict(pool_kwargs=self.pool_kwargs, device="meta")
                 pool = create_second_order_pool(pool_type, self.num_features, **shared, **options)
                 if _count_parameters(pool) + (pool.out_features + 1) * self.num_classes <= backbone:
                     advice = f"{name}={width} has fewer; {advice} too"
