@@ -6,7 +6,7 @@ weights. ``runtimes``: the networks that ship, in each runtime: time, and accura
 images. ResNet-50's networks, time alone. ``requests``: an image alone and in a batch, memory over 2 000 requests of
 changing sizes, and what happens with NaN, uint8, and an image without its batch.
 
-Each part is kept as benchmarks/results/serving/PART.json when it is done. docs/measured.py writes the tables.
+Each part is kept as benchmarks/results/serving/PART.json, row by row. docs/measured.py writes the tables.
 """
 
 import argparse
@@ -328,16 +328,16 @@ def main() -> None:
     timing.set_up()
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
+    versions = dict(onnxruntime=onnxruntime.__version__, openvino=openvino.__version__.partition("-")[0])
     for name in args.parts or PARTS:
         rows = []
         with tempfile.TemporaryDirectory() as folder:
             for row in PARTS[name](args, Path(folder)):
                 rows.append(row)
                 show(row)
-        versions = dict(onnxruntime=onnxruntime.__version__, openvino=openvino.__version__.partition("-")[0])
-        result = dict(machine={**timing.machine("cpu"), **versions}, load=os.getloadavg()[1], rows=rows)
-        with replacing(args.output / f"{name}.json") as path:
-            path.write_text(json.dumps(result, indent=1) + "\n")
+                result = dict(machine={**timing.machine("cpu"), **versions}, load=os.getloadavg()[1], rows=rows)
+                with replacing(args.output / f"{name}.json") as path:
+                    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

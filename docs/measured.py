@@ -167,11 +167,11 @@ def requests_table(result: Mapping[str, Any]) -> str:
     """What a server meets, by network and runtime."""
     lines = []
     for row in result["rows"]:
-        memory = list(row["memory"].values())
-        growth = f"{memory[1] - memory[0]:+.0f}, then {memory[-1] - memory[1]:+.0f}"
-        what = [row[key].replace("|", "/") for key in ("nan", "uint8", "without_batch")]
+        start, _, half, end = row["memory"].values()
+        growth = f"{half - start:+.0f}, then {end - half:+.0f}"
+        what = [row["nan"], *(row[key].partition(":")[0] for key in ("uint8", "without_batch"))]
         lines.append([f"`{row['network']}`", row["way"], f"{row['invariance']:.0e}", growth, *what])
-    columns = ["network", "runtime", "alone and in a batch", "memory (MB), first quarter of the requests and the rest"]
+    columns = ["network", "runtime", "alone and in a batch", "memory (MB), first half of the requests and second half"]
     return table([*columns, "an image with a NaN", "uint8", "an image without its batch"], lines)
 
 
