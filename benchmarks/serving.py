@@ -120,7 +120,7 @@ def export_parts(model: nn.Module, x: torch.Tensor, features: Path, path: Path) 
 
 def measure_time(runs: dict[str, Run], x: np.ndarray, rounds: int) -> dict[str, dict[str, float]]:
     """Time of each, relative to the first in the same round."""
-    once = min(timing.seconds(partial(next(iter(runs.values())), x)) for _ in range(3))
+    once = min(timing.seconds(partial(next(iter(runs.values())), x)) for _ in range(2))
     repeats = math.ceil(SAMPLE_SECONDS / once)
 
     def repeated(run: Run) -> None:
@@ -248,7 +248,7 @@ def runtimes(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]
         for batch in batches:
             x = np.random.default_rng(0).standard_normal((batch, 3, side, side), np.float32)
             for way in networks[family[0]]:
-                rounds = args.rounds if family is SHIPPED else 3
+                rounds = args.rounds if family is SHIPPED else 2
                 found = measure_time({name: networks[name][way] for name in family}, x, rounds)
                 of_way = {name: each[way] for name, each in accuracy.items()}
                 yield dict(family=family[0], way=way, batch=batch, alternatives=found, accuracy=of_way)
