@@ -157,7 +157,7 @@ def runtimes_table(result: Mapping[str, Any]) -> str:
         ratios = [f"{timing['ratio']:.2f}×" for _, timing in others]
         found = row["accuracy"].values()
         accuracy = [" / ".join(f"{each[key]:.1f}" for each in found) or "–" for key in ("top1", "same")]
-        time = milliseconds(first[1]["seconds"] / row["batch"], 2)
+        time = f"{1e3 * first[1]['seconds'] / row['batch']:.2f}"
         lines.append([f"`{row['family']}`", row["way"], f"{row['batch']}", time, " / ".join(ratios), *accuracy])
     columns = ["without blocks", "runtime", "batch", "ms an image", "Net1 / Net2, time", "top-1 (%)"]
     return table([*columns, "answers as PyTorch's (%)"], lines)
