@@ -24,7 +24,7 @@ from torch import nn
 
 import timm_gsop.models  # noqa: F401
 from benchmarks import table, update
-from timm_gsop.hub.operations import model_macs
+from timm_gsop.hub.model_card import model_macs
 from timm_gsop.layers import ChannelGsop, CovPool2d, GsopBlock, PositionGsop
 
 EXPLAINED_ABOVE = 0.03
@@ -236,7 +236,7 @@ def times(sizes: Sequence[int]) -> str:
 def models() -> Table:
     """Every registered network."""
     rows = []
-    for name in timm.list_models(module=["gsop_resnet", "gsop_preresnet", "gsop_zoo"]):
+    for name in timm.list_models(module=["gsop_resnet", "gsop_preresnet", "gsop_densenet", "gsop_inception"]):
         size = timm.get_pretrained_cfg_value(f"{name}.untrained", "input_size")[-1]
         params, macs = measure(f"{name}.untrained")
         rows.append([f"`{name}`", f"{size}", f"{params / 1e6:.2f}", f"{macs / 1e9:.2f}", ERROR.get(name, "")])

@@ -31,7 +31,7 @@ from benchmarks.cost import measure as measure_cost
 from benchmarks.textbook import TextbookChannelGsop, TextbookCovPool2d, exact_root
 from benchmarks.timing import Checkout, Work, peak_bytes, run_of, saved_bytes, seconds
 from experiments.plan import PLAN_FASHION_MNIST, load_plan
-from timm_gsop.hub.operations import count_macs
+from timm_gsop.hub.model_card import count_macs
 from timm_gsop.layers import (
     SECOND_ORDER_POOLS,
     ChannelGsop,

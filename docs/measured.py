@@ -20,7 +20,7 @@ import torch
 from benchmarks import ROOT, table, update
 from experiments.plan import PLAN, PLAN_FASHION_MNIST, PLAN_GPU, load_plan, read_runs, runs_beside, top1
 from experiments.tables import all_tables, statistics
-from timm_gsop.hub.operations import count_macs
+from timm_gsop.hub.model_card import count_macs
 from timm_gsop.layers import SECOND_ORDER_POOLS, accepted_arguments
 from timm_gsop.viz.figure import new_figure, save_figure
 

@@ -24,7 +24,7 @@ from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed, upd
 from tqdm import tqdm
 
 from timm_gsop.viz import plot_errors
-from timm_gsop.viz.summary import read_summary
+from timm_gsop.viz.curves import read_summary
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the choice of a backend that needs no screen

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from timm_gsop.complete_file import replacing
-from timm_gsop.viz.summary import Summary, read_summary
+from timm_gsop.viz.curves import Summary, read_summary
 
 FOLDER = Path(__file__).parent
 PLAN, PLAN_GPU, PLAN_FASHION_MNIST = (FOLDER / f"plan{name}.yaml" for name in ("", "_gpu", "_fashion_mnist"))

@@ -21,9 +21,8 @@ from benchmarks import table as markdown_table
 from experiments.plan import PLAN, Run, load_plan, measured_beside, read_runs, runs_beside, top1
 from experiments.run import network
 from timm_gsop.complete_file import replacing
-from timm_gsop.viz.curves import draw_curves
+from timm_gsop.viz.curves import Summary, draw_curves
 from timm_gsop.viz.figure import new_figure, save_figure
-from timm_gsop.viz.summary import Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

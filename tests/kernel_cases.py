@@ -17,9 +17,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from tests.tolerances import TOLERANCES, gradient_error, output_error
 from timm_gsop import ChannelGsop, GsopBlock, IsqrtCovPool2d, MpnCovPool2d, covariance_pool, newton_schulz_sqrt
 from timm_gsop.layers import kernels
-from timm_gsop.layers.channel_reduction import ChannelReduction
+from timm_gsop.layers.channel_reduction import ChannelReduction, can_fuse, fused_covariance
 from timm_gsop.layers.gsop import plain_rescale, rescale
-from timm_gsop.layers.reduced_covariance import can_fuse, fused_covariance
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}

@@ -1,6 +1,6 @@
 """Networks of the released code bases, by torchvision's and the tests' own formulas, with their names there.
 
-Written from their names, shapes and order of operations (``timm_gsop/pretrained/released.py`` has the addresses).
+Written from their names, shapes and order of operations (``timm_gsop/pretrained/checkpoint.py`` has the addresses).
 """
 
 import torch

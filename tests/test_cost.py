@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import update
 from benchmarks.cost import Check, Table, create, main, measure, problems, tables, terms
-from timm_gsop.hub.operations import count_macs, model_macs
+from timm_gsop.hub.model_card import count_macs, model_macs
 from timm_gsop.layers import ChannelGsop
 
 ROOT = Path(__file__).parents[1]

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from timm_gsop import covariance_pool, newton_schulz_sqrt, position_covariance, triu_unvectorize, triu_vectorize
 from timm_gsop.layers import bilinear_pool
-from timm_gsop.layers.covariance import tril_vectorize
+from timm_gsop.layers.triangle import tril_vectorize
 
 LARGE_MEAN = 1e3
 

@@ -6,8 +6,7 @@ from PIL import Image
 from tests.fresh_process import run_fresh
 from timm_gsop.viz import draw_curves
 from timm_gsop.viz.__main__ import main
-from timm_gsop.viz.curves import _name
-from timm_gsop.viz.summary import read_summary
+from timm_gsop.viz.curves import _name, read_summary
 
 ROOT = Path(__file__).parents[1]
 

@@ -31,7 +31,7 @@ from experiments.plan import (
 from experiments.prepare import draw_all
 from experiments.run import main, speed_in
 from experiments.tables import COLUMNS, draw_time, search_table, table, timm_rows
-from timm_gsop.viz.summary import read_summary
+from timm_gsop.viz.curves import read_summary
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = os.environ.get("TIMM_SCRIPTS")

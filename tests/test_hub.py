@@ -18,7 +18,7 @@ import torch
 from tests.fresh_process import run_fresh
 from tests.hub_server import TOKEN, HubServer
 from tests.test_conversion import NARROW, in_their_names, isqrt_resnet, randomize, vanilla_resnet
-from tests.test_zoo import SMALL_BASES
+from tests.test_other_families import SMALL_BASES
 from tests.versions import skip_before_torch_2_6
 from timm_gsop.hub.hub_folder import save_hub_folder
 

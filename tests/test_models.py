@@ -10,7 +10,7 @@ from benchmarks.cost import measure
 from tests.checkpointing import check_grad_checkpointing_changes_nothing
 from timm_gsop.layers import FLAVORS, GSOP_TYPES, ChannelGsop, GsopBlock, IsqrtCovPool2d, MpnCovPool2d
 
-ALL_MODELS = timm.list_models(module=["gsop_resnet", "gsop_preresnet", "gsop_zoo"])
+ALL_MODELS = timm.list_models(module=["gsop_resnet", "gsop_preresnet", "gsop_densenet", "gsop_inception"])
 # As small as the families get: narrow ResNets with all their parts, and the 20-layer networks.
 NARROW = dict(channels=(8, 16, 24, 32), num_classes=5, cov_dim=8, isqrt_dim=6)
 SMALL_MODELS = {

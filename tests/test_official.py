@@ -17,8 +17,8 @@ from timm_gsop.layers import (
     OfficialIsqrtCovPool2d,
     OfficialPositionGsop,
 )
-from timm_gsop.layers.covariance import tril_vectorize
 from timm_gsop.layers.official import OfficialConcatenation, official_position_covariance
+from timm_gsop.layers.triangle import tril_vectorize
 
 
 def convolve(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks import speed, update
 from benchmarks.textbook import TextbookChannelGsop, TextbookCovPool2d, exact_root
 from benchmarks.timing import Checkout, peak_bytes, run_of, saved_bytes, time_paired
-from timm_gsop.hub.operations import count_macs, model_macs
+from timm_gsop.hub.model_card import count_macs, model_macs
 from timm_gsop.layers import ChannelGsop, IsqrtCovPool2d, MpnCovPool2d
 
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,7 @@ from PIL import Image
 
 from tests.samples import FASHION_MNIST, fashion_mnist
 from timm_gsop.hub import convert, stage
-from timm_gsop.viz.summary import read_summary
+from timm_gsop.viz.curves import read_summary
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = os.environ.get("TIMM_SCRIPTS")

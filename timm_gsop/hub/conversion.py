@@ -2,67 +2,24 @@
 
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
-from timm.models.densenet import DenseNet
-from timm.models.inception_v3 import InceptionV3
 from timm.models.resnet import ResNet
 from torch import nn
 
 from timm_gsop.checks import check_choice
-from timm_gsop.hub.base import Base, find_base
-from timm_gsop.hub.hub_folder import NO_LICENSE, check_new_folder, is_ours, save_hub_folder
-from timm_gsop.hub.labels import read_labels
-from timm_gsop.models import GsopResNet
-from timm_gsop.models.gsop_resnet import checkpoint_filter_fn, default_cfgs
-from timm_gsop.models.gsop_zoo import filter_without_aux
-from timm_gsop.pretrained.checkpoint import Weights, load_exactly, read_checkpoint
-from timm_gsop.pretrained.locate import is_origin
-from timm_gsop.pretrained.moment_probing import from_moment_probing
-from timm_gsop.pretrained.released import from_covariance_pooling, from_gsop, has_released_names, plain_names
+from timm_gsop.hub.hub_folder import check_new_folder, is_ours, read_labels, save_hub_folder
+from timm_gsop.hub.source_checkpoint import NO_NAME, RELEASED, SourceCheckpoint, find_checkpoint
+from timm_gsop.models.gsop_mixin import GsopMixin
+from timm_gsop.pretrained.checkpoint import Weights
 
 __all__ = ["SOURCES", "convert"]
 
-
-class _Code(NamedTuple):
-    """Code that others released, which made a checkpoint."""
-
-    description: str
-    repository: str
-    license: str | None = None
-
-
-RELEASED = {
-    "gsop": _Code(
-        "the code that the authors of GSoP-Net released",
-        "https://github.com/ZilinGao/Global-Second-order-Pooling-Convolutional-Networks",
-    ),
-    "fast-mpn-cov": _Code("fast MPN-COV (iSQRT-COV)", "https://github.com/jiangtaoxie/fast-MPN-COV"),
-    "gcp": _Code("GCP_Optimization (iSQRT-COV)", "https://github.com/ZhangLi-CS/GCP_Optimization", NO_LICENSE),
-    "dropcov": _Code(
-        "DropCov (covariance pooling without a square root)", "https://github.com/mingzeG/DropCov", NO_LICENSE
-    ),
-    "moment-probing": _Code("moment probing", "https://github.com/mingzeG/Moment-Probing", NO_LICENSE),
-}
 SOURCES = (*RELEASED, "timm")
-_NO_NAME = (
-    "model_name=None with source='timm', checkpoint={checkpoint!r}; accepted: one of our networks, gsop_resnet50_net1 "
-    "for one; or as checkpoint one of our networks that has pretrained weights, a folder of one, or a file of "
-    "train.py's with its args.yaml beside it."
-)
 REDUCTION = "global_pool.reduction.conv.weight"
-IMAGENET: dict[str, Any] = dict(
-    input_size=(3, 224, 224),
-    interpolation="bilinear",
-    crop_pct=0.875,
-    mean=IMAGENET_DEFAULT_MEAN,
-    std=IMAGENET_DEFAULT_STD,
-)
-"""How all the released code bases prepare ImageNet's images."""
 
 _logger = logging.getLogger(__name__)
 
@@ -111,22 +68,26 @@ def convert(
         and not Path(checkpoint).exists()
     ):
         return _save_pretrained(checkpoint, folder, given, data_config, label_names)
-    base = find_base(checkpoint) if source == "timm" else _released_base(source, Path(checkpoint), model_name, given)
-    name = _name_for(base, checkpoint, model_name)
-    kwargs = {**base.arguments_for(name), **given}
-    _say_if_the_stride_differs(base, name, kwargs)
+    found = find_checkpoint(source, checkpoint, model_name, given)
+    name = found.name_for(model_name)
+    kwargs = {**found.arguments_for(name), **given}
+    _say_if_the_stride_differs(found, name, kwargs)
     # Not the name's default weights, whose origin and licence would be said of these.
     model = timm.create_model(_without_weights(name), **kwargs).eval()
-    _say_what_is_assumed(base, kwargs, model)
-    _check_head(model, base.weights, checkpoint, name)
-    load_exactly(model, _fit(base.weights, model))
-    labels = base.labels if label_names is None else read_labels(label_names, model.num_classes)
-    save_hub_folder(model, folder, base.preprocessing(model, data_config or {}), base.provenance_in(name), labels)
+    _say_what_is_assumed(found, kwargs, model)
+    _check_head(model, found.weights, checkpoint, name)
+    weights = model.fit_weights(found.weights) if isinstance(model, GsopMixin) else found.weights
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint={checkpoint!r} does not fit {name}. {error}") from error
+    labels = found.labels if label_names is None else read_labels(label_names, model.num_classes)
+    save_hub_folder(model, folder, found.preprocessing(model, data_config or {}), found.provenance_in(name), labels)
     return model
 
 
-def _say_what_is_assumed(base: Base, kwargs: dict[str, Any], model: Any) -> None:
-    taken = {key: value if kwargs.get(key) is None else kwargs[key] for key, value in (base.assumed or {}).items()}
+def _say_what_is_assumed(found: SourceCheckpoint, kwargs: dict[str, Any], model: Any) -> None:
+    taken = {key: value if kwargs.get(key) is None else kwargs[key] for key, value in (found.assumed or {}).items()}
     if model.global_pool.pool_type != "isqrt":
         taken.pop("isqrt_iters", None)
     if taken:
@@ -143,17 +104,6 @@ def _without_weights(name: str) -> str:
     return untrained if untrained in get_arch_pretrained_cfgs(name) else name
 
 
-def _name_for(base: Base, checkpoint: str, model_name: str | None) -> str:
-    name = model_name or (base.architecture if base.is_ours else None)
-    if name is None:
-        raise ValueError(_NO_NAME.format(checkpoint=checkpoint))
-    if not is_ours(name):
-        raise ValueError(
-            f"model_name={name!r} is none of timm-gsop's; accepted: its networks, such as gsop_resnet50_net1."
-        )
-    return name
-
-
 def _save_pretrained(
     name: str,
     folder: Path,
@@ -164,55 +114,13 @@ def _save_pretrained(
     """Save one of our networks with its pretrained weights."""
     cfg = get_pretrained_cfg(name) if is_ours(name) else None
     if cfg is None or not cfg.has_weights:
-        raise ValueError(_NO_NAME.format(checkpoint=name))
+        raise ValueError(NO_NAME.format(checkpoint=name))
     model = timm.create_model(name, pretrained=True, **given).eval()
     labels = dict(label_names=cfg.label_names) if cfg.label_names and model.num_classes == cfg.num_classes else None
     if label_names is not None:
         labels = read_labels(label_names, model.num_classes)
     save_hub_folder(model, folder, data_config, cfg, labels)
     return model
-
-
-def _released_base(source: str, path: Path, model_name: str | None, given: dict[str, Any]) -> Base:
-    """A checkpoint of the released code bases. Names of ResNets with covariance pooling stay: their filter renames."""
-    weights = read_checkpoint(path)
-    if source == "gsop":
-        released = from_gsop(weights, given.get("gsop_type"))
-    elif source == "moment-probing":
-        released = from_moment_probing(weights, given.get("backbone"))
-    else:
-        released = from_covariance_pooling(weights, dropcov=source == "dropcov")
-    name = model_name or released.model_name
-    cfgs = default_cfgs[name].cfgs.values() if name in default_cfgs and not given else ()
-    cfg = next((cfg for cfg in cfgs if is_origin(path, cfg.url)), None)
-    code = RELEASED[source]
-    return Base(
-        str(path),
-        plain_names(weights) if has_released_names(weights) and source != "gsop" else released.weights,
-        released.model_name,
-        released.model_kwargs,
-        data_config=_of_backbone(released.model_kwargs["backbone"]) if source == "moment-probing" else IMAGENET,
-        description=f"a checkpoint of {code.description}, {path.name}",
-        license=code.license,
-        origin_url=code.repository,
-        provenance=cfg,
-        same_arguments=True,
-        assumed=released.assumed,
-    )
-
-
-def _of_backbone(name: str) -> dict[str, Any]:
-    """Preprocessing of timm's own weights for a backbone, from which moment probing starts."""
-    cfg = get_arch_pretrained_cfgs(name).get(f"{name}.augreg_in21k") or get_pretrained_cfg(name)
-    return {key: getattr(cfg, key) for key in IMAGENET}
-
-
-def _fit(weights: Weights, model: nn.Module) -> Weights:
-    if isinstance(model, GsopResNet):
-        return checkpoint_filter_fn(weights, model)
-    if isinstance(model, DenseNet | InceptionV3):
-        return filter_without_aux(weights, model)
-    return weights
 
 
 def _check_head(model: Any, weights: Weights, checkpoint: str, name: str) -> None:
@@ -227,12 +135,12 @@ def _check_head(model: Any, weights: Weights, checkpoint: str, name: str) -> Non
         )
 
 
-def _say_if_the_stride_differs(base: Base, name: str, kwargs: dict[str, Any]) -> None:
-    if base.same_arguments:
+def _say_if_the_stride_differs(found: SourceCheckpoint, name: str, kwargs: dict[str, Any]) -> None:
+    if found.same_arguments:
         return
     with torch.device("meta"):
         target = timm.create_model(_without_weights(name), **kwargs)
-    if isinstance(target, ResNet) and base.reduction_in(target) != target.feature_info[-1]["reduction"]:
+    if isinstance(target, ResNet) and found.reduction_in(target) != target.feature_info[-1]["reduction"]:
         _logger.warning(
             "The function changes: %s has a last stage of another stride than the checkpoint's network, for which its "
             "weights were not trained. last_stride=2 keeps the function; output_stride=16 gives the function "

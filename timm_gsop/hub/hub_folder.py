@@ -1,6 +1,7 @@
-"""A model as a folder in the layout of the Hugging Face Hub: config.json and model.safetensors."""
+"""A model as a folder in the layout of the Hugging Face Hub: config.json, with names of its classes, and weights."""
 
 import json
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,12 +9,21 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import timm
 import torch
+from timm.data import ImageNetInfo, create_dataset
 from timm.models import PretrainedCfg, save_for_hf
 from torch import nn
 
-from timm_gsop.hub.labels import imagenet_labels
-
-__all__ = ["NO_LICENSE", "HubFolder", "check_hub_folder", "check_new_folder", "is_ours", "is_staged", "save_hub_folder"]
+__all__ = [
+    "NO_LICENSE",
+    "HubFolder",
+    "check_hub_folder",
+    "check_new_folder",
+    "is_ours",
+    "is_staged",
+    "labels_of_training",
+    "read_labels",
+    "save_hub_folder",
+]
 
 NO_LICENSE = "none stated"
 """What is said of weights whose authors state no licence. Nobody may publish them without asking."""
@@ -24,6 +34,8 @@ GENERATED = ("README.md", "architecture.png")
 """What publishing adds; a folder that was downloaded from the Hub has it too, and it is made anew."""
 OF_THE_HUB = (".gitattributes", ".cache", ".git")
 """What the Hub and its client, or git, leave in a folder that was downloaded; it is not published."""
+
+_logger = logging.getLogger(__name__)
 
 
 class HubFolder(NamedTuple):
@@ -86,7 +98,7 @@ def save_hub_folder(
     check_new_folder(folder)
     config: dict[str, Any] = dict(labels or {})
     if model.num_classes == 1000 and not config:
-        config = imagenet_labels()
+        config = _imagenet_labels()
     if provenance is not None:
         config["provenance"] = dict(
             name=f"{provenance.architecture}.{provenance.tag}",
@@ -179,3 +191,74 @@ def _check_labels(config: dict[str, Any], num_classes: int) -> None:
         raise ValueError(f"label_names in config.json are {found} different ones; accepted: {num_classes}, as classes.")
     if strangers := sorted(set(config.get("label_descriptions", {})) - set(names or ())):
         raise ValueError(f"label_descriptions in config.json has {strangers[0]!r}, which is not among label_names.")
+
+
+def read_labels(path: Path, num_classes: int) -> dict[str, Any]:
+    """Read the names of the classes, in the order of the logits.
+
+    Args:
+        path: A folder of images as timm's train.py takes it, with a folder a class (in ``train``, if there is one), or
+            a text file with a name a line.
+        num_classes: Number of classes of the network.
+
+    Returns:
+        ``label_names``, and for those of ImageNet-1k ``label_descriptions`` too.
+
+    Raises:
+        ValueError: If there are no names, or as many as ``num_classes`` is not.
+    """
+    if path.is_dir():
+        names = _names_in_folder(path)
+    elif path.is_file():
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        raise ValueError(f"label_names={str(path)!r} does not exist; accepted: a folder of images, or a text file.")
+    if len(names) != num_classes or len(set(names)) != len(names):
+        raise ValueError(
+            f"label_names={str(path)!r} has {len(set(names))} different names; accepted: {num_classes}, as classes."
+        )
+    return _as_labels(names)
+
+
+def labels_of_training(args: dict[str, Any], num_classes: int) -> dict[str, Any] | None:
+    """The names of the classes in the data that train.py was given; None, with a warning, where it is not here.
+
+    Args:
+        args: train.py's arguments, as its ``args.yaml`` has them.
+        num_classes: Number of classes of the network.
+    """
+    root, dataset = args.get("data_dir") or args.get("data"), args.get("dataset") or ""
+    if not root:
+        return None
+    try:
+        if dataset.partition("/")[0] not in ("", "torch"):
+            raise ValueError(f"dataset={dataset!r} is no folder of images.")
+        names = _names_in_folder(Path(root), dataset, args.get("train_split") or "train", args.get("class_map") or "")
+        if len(names) != num_classes:
+            raise ValueError(f"{root} has {len(names)} classes, and the network {num_classes}.")
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        _logger.warning("The names of the classes are not known; --label-names says where they are. %s", reason)
+        return None
+    return _as_labels(names)
+
+
+def _imagenet_labels() -> dict[str, Any]:
+    """Names and descriptions of ImageNet-1k's classes, from timm."""
+    imagenet = ImageNetInfo("imagenet-1k")
+    return dict(label_names=imagenet.label_names(), label_descriptions=imagenet.label_descriptions(as_dict=True))
+
+
+def _as_labels(names: list[str]) -> dict[str, Any]:
+    imagenet = _imagenet_labels()
+    return imagenet if names == imagenet["label_names"] else dict(label_names=names)
+
+
+def _names_in_folder(root: Path, dataset: str = "", split: str = "train", class_map: str = "") -> list[str]:
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder.")
+    found = create_dataset(dataset, root=str(root), split=split, class_map=class_map)
+    if hasattr(found, "reader"):
+        indices: dict[str, int] = found.reader.class_to_idx
+        return sorted(indices, key=lambda name: indices[name])
+    return [str(name) for name in getattr(found, "classes", ())]

@@ -2,23 +2,29 @@
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 import yaml
 from huggingface_hub import ModelCardData
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_gsop.hub.hub_folder import NO_LICENSE, HubFolder
-from timm_gsop.hub.operations import model_macs
 from timm_gsop.layers import SecondOrderPool2d
 from timm_gsop.layers.gsop import CovarianceExcitation
 from timm_gsop.models.second_order import backbone_notes
-from timm_gsop.viz.summary import read_summary
+from timm_gsop.viz.curves import read_summary
 
-__all__ = ["model_card"]
+__all__ = ["count_macs", "model_card", "model_macs"]
+
+NORMS = (torch.ops.aten._native_batch_norm_legit_no_training, torch.ops.aten.native_batch_norm)
+"""Without products, but taken apart by PyTorch to look for some, which takes longer than everything else."""
 
 HUB_DATASETS = {
     "ImageNet-1k": "ILSVRC/imagenet-1k",
@@ -246,3 +252,49 @@ def _bullets(lines: Iterable[str]) -> str:
 
 def _times(size: tuple[int, ...]) -> str:
     return "×".join(map(str, size))
+
+
+def count_macs(work: Callable[[], Any]) -> Counter[str]:
+    """Count the multiply-accumulates of a call: its convolutions and matrix products, as PyTorch counts them.
+
+    Args:
+        work: Anything to call without arguments.
+
+    Returns:
+        Multiply-accumulates by the name of the module that runs them, with those of its children; ``""`` for all.
+
+    Examples:
+        >>> a = torch.ones(2, 3)
+        >>> count_macs(lambda: a @ a.T)[""]
+        12
+    """
+    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(NORMS, _nothing)) as counter:
+        work()
+    # It counts two operations for a multiply-accumulate, and its names begin with the class of the module called.
+    counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    of_modules = {name.partition(".")[2]: macs for name, macs in counts.items() if "." in name}
+    return Counter({"": counts["Global"], **of_modules})
+
+
+def _nothing(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def model_macs(model: nn.Module, size: Sequence[int]) -> Counter[str]:
+    """Count the multiply-accumulates of a model for one image; the meta device, where nothing is computed, will do.
+
+    Args:
+        model: The model, in evaluation.
+        size: Shape of the image, (C, H, W).
+
+    Returns:
+        As :func:`count_macs`.
+
+    Examples:
+        >>> model_macs(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 1, 1)), (3, 4, 4))
+        Counter({'': 512, '0': 384, '1': 128})
+    """
+    x = torch.zeros(1, *size, device=next(model.parameters()).device)
+    # Without gradients, the square root takes two matrix products fewer than the iteration as the paper writes it.
+    with torch.enable_grad():
+        return count_macs(partial(model, x))

@@ -3,15 +3,14 @@
 # First the heads, in the order in which the registry lists them.
 # isort: off
 from timm_gsop.layers.cov_pool import CovPool2d, IsqrtCovPool2d, MpnCovPool2d
-from timm_gsop.layers.bilinear_pool import BilinearPool2d, CompactBilinearPool2d, bilinear_pool, compact_bilinear_pool
+from timm_gsop.layers.bilinear_pool import BilinearPool2d, CompactBilinearPool2d, compact_bilinear_pool
 from timm_gsop.layers.dropcov_pool import DropCovPool2d
 from timm_gsop.layers.bdc_pool import BdcPool2d
 from timm_gsop.layers.svpn_pool import SvpnPool2d
 from timm_gsop.layers.moment_pool import MomentPool2d
 # isort: on
 
-from timm_gsop.layers.covariance import covariance_pool, position_covariance, triu_unvectorize, triu_vectorize
-from timm_gsop.layers.covariance_sqrt import covariance_sqrt
+from timm_gsop.layers.covariance import bilinear_pool, covariance_pool, position_covariance
 from timm_gsop.layers.factory import (
     FLAVORS,
     GSOP_TYPES,
@@ -23,8 +22,17 @@ from timm_gsop.layers.factory import (
     create_second_order_pool,
     pool_cost,
 )
-from timm_gsop.layers.gsop import ChannelGsop, CovarianceExcitation, FusedGsop, Gsop, GsopBlock, PositionGsop
-from timm_gsop.layers.half_gate import NEUTRAL_SCALE, start_at_half
+from timm_gsop.layers.gram_sqrt import covariance_sqrt
+from timm_gsop.layers.gsop import (
+    NEUTRAL_SCALE,
+    ChannelGsop,
+    CovarianceExcitation,
+    FusedGsop,
+    Gsop,
+    GsopBlock,
+    PositionGsop,
+    start_at_half,
+)
 from timm_gsop.layers.matrix_sqrt import eigh_log, eigh_power, newton_schulz_inverse_sqrt, newton_schulz_sqrt
 from timm_gsop.layers.official import (
     OfficialChannelGsop,
@@ -34,6 +42,7 @@ from timm_gsop.layers.official import (
 )
 from timm_gsop.layers.projected_pool import ProjectedPool2d
 from timm_gsop.layers.second_order_pool import SECOND_ORDER_POOLS, SecondOrderPool2d, register_pool
+from timm_gsop.layers.triangle import triu_unvectorize, triu_vectorize
 
 __all__ = [
     "FLAVORS",

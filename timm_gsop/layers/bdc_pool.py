@@ -13,10 +13,9 @@ from torch import nn
 
 from timm_gsop.checks import check_ndim, check_positive_int
 from timm_gsop.layers.channel_reduction import ChannelReduction
-from timm_gsop.layers.covariance import triu_vectorize
-from timm_gsop.layers.gradients import evaluate, function_of_input
-from timm_gsop.layers.precision import at_least_float32
+from timm_gsop.layers.gradients import at_least_float32, evaluate, function_of_input
 from timm_gsop.layers.second_order_pool import SecondOrderPool2d, register_pool
+from timm_gsop.layers.triangle import triu_vectorize
 
 __all__ = ["BdcPool2d", "channel_distances", "double_centre"]
 

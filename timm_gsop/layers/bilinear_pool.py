@@ -14,16 +14,14 @@ from torch import nn
 
 from timm_gsop.checks import check_features, check_ndim, check_positive_int
 from timm_gsop.layers.channel_reduction import ChannelReduction
-from timm_gsop.layers.gradients import evaluate, function_of_input
+from timm_gsop.layers.covariance import bilinear_pool
+from timm_gsop.layers.gradients import at_least_float32, autocast_disabled
 from timm_gsop.layers.leading_dims import flatten_positions, leading_dims_of_features, with_leading_dims
-from timm_gsop.layers.precision import at_least_float32, autocast_disabled
 from timm_gsop.layers.second_order_pool import SecondOrderPool2d, register_pool
-from timm_gsop.layers.weighted import normalize_weights, weighted_product
 
 __all__ = [
     "BilinearPool2d",
     "CompactBilinearPool2d",
-    "bilinear_pool",
     "compact_bilinear_pool",
     "signed_sqrt_normalize",
 ]
@@ -31,56 +29,6 @@ __all__ = [
 # Leaves in torch.fx's graphs: within a trace, shapes are no numbers that they could test.
 for _leaf in ("bilinear_pool", "check_ndim", "compact_bilinear_pool"):
     torch.fx.wrap(_leaf)
-
-
-def bilinear_pool(
-    x: torch.Tensor, weights: torch.Tensor | None = None, spatial_dims: int | None = None
-) -> torch.Tensor:
-    r"""Products of all pairs of channels, averaged over the positions of a feature map (bilinear pooling, section 3).
-
-    .. math:: G = \frac{1}{M} X X^\top
-
-    It is the covariance between channels without centring. With weights, products are averaged with them.
-
-    Args:
-        x: Features: (B, C, H, W), or (…, C, M) of at most three dimensions.
-        weights: Weights of the positions, as in :func:`covariance_pool`.
-        spatial_dims: As in :func:`covariance_pool`.
-
-    Returns:
-        (…, C, C), symmetric and positive semi-definite, in float32, or in float64 if ``x`` is. Autocast has no effect.
-
-    Raises:
-        ValueError: If ``x`` has other dimensions, no positions, or is complex, or ``weights`` has another shape.
-
-    Examples:
-        >>> x = torch.randn(2, 8, 7, 7)
-        >>> pixels = x.flatten(2)
-        >>> torch.allclose(bilinear_pool(x), pixels @ pixels.mT / 49, atol=1e-5)
-        True
-    """
-    if not torch.jit.is_scripting():  # does not know our checks
-        check_features("x", x, weights, spatial_dims)
-    flat = flatten_positions(x, spatial_dims)
-    if weights is not None:
-        products = weighted_product(at_least_float32(flat), normalize_weights(weights, flat))
-    elif torch.jit.is_scripting():  # knows neither autocast nor our gradient
-        products = _gram(flat)
-    else:
-        products = evaluate(_Gram, _gram, flat)
-    return with_leading_dims(products, leading_dims_of_features(x, spatial_dims))
-
-
-def _gram(x: torch.Tensor) -> torch.Tensor:
-    wide = at_least_float32(x)
-    return torch.bmm(wide, wide.transpose(1, 2)) / x.shape[2]
-
-
-def _gram_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    return torch.bmm((grad + grad.transpose(1, 2)) / x.shape[2], at_least_float32(x)).to(x.dtype)
-
-
-_Gram = function_of_input(_gram, _gram_gradient)
 
 
 def compact_bilinear_pool(

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from timm_gsop.checks import check_choice, check_ndim, check_positive_int, warn_of_one_position
-from timm_gsop.layers.channel_reduction import ChannelReduction
-from timm_gsop.layers.covariance import covariance_pool, triu_vectorize
-from timm_gsop.layers.covariance_sqrt import covariance_sqrt
+from timm_gsop.layers.channel_reduction import ChannelReduction, can_fuse, fused_covariance
+from timm_gsop.layers.covariance import covariance_pool
+from timm_gsop.layers.gram_sqrt import covariance_sqrt
 from timm_gsop.layers.matrix_sqrt import eigh_power, newton_schulz_sqrt
-from timm_gsop.layers.reduced_covariance import can_fuse, fused_covariance
 from timm_gsop.layers.second_order_pool import SecondOrderPool2d, register_pool
+from timm_gsop.layers.triangle import triu_vectorize
 
 __all__ = ["CovPool2d", "IsqrtCovPool2d", "MpnCovPool2d"]
 

@@ -1,21 +1,25 @@
-"""Covariance of feature maps, and its triangle as a vector."""
+"""Covariance of feature maps, and products of channels without centring, with weights of the positions."""
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
-from timm_gsop.checks import check_features, check_matrices
+from timm_gsop.checks import check_features
 from timm_gsop.layers import kernels
-from timm_gsop.layers.exporting import is_exporting
-from timm_gsop.layers.gradients import evaluate, function_of_input
+from timm_gsop.layers.gradients import at_least_float32, evaluate, function_of_input, without_autocast
 from timm_gsop.layers.half_covariance import half_covariance, half_covariance_gradient, has_exact_products
 from timm_gsop.layers.leading_dims import flatten_positions, leading_dims_of_features, with_leading_dims
-from timm_gsop.layers.weighted import centre_weighted, normalize_weights, weighted_product
 
-__all__ = ["covariance_pool", "position_covariance", "tril_vectorize", "triu_unvectorize", "triu_vectorize"]
+__all__ = [
+    "bilinear_pool",
+    "centre",
+    "centre_weighted",
+    "covariance_pool",
+    "normalize_weights",
+    "position_covariance",
+    "quadratic_form",
+    "second_moment",
+]
 
 
 def covariance_pool(
@@ -56,43 +60,10 @@ def covariance_pool(
     flat = flatten_positions(x, spatial_dims)
     if weights is not None:
         weights = normalize_weights(weights, flat)
-        cov = weighted_product(centre_weighted(flat, weights), weights)
-    elif torch.jit.is_scripting():  # knows neither autocast nor our gradient
-        cov = _covariance(flat)
-    elif kernels.usable(flat):
-        cov = kernels.load("covariance").map_covariance(flat)
+        cov = quadratic_form(centre_weighted(flat, weights), weights)
     else:
-        cov = evaluate(_Covariance, _covariance, flat)
+        cov = second_moment(flat, "covariance")
     return with_leading_dims(cov, leading_dims_of_features(x, spatial_dims))
-
-
-def _covariance(x: torch.Tensor) -> torch.Tensor:
-    if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
-        if has_exact_products(x):
-            return half_covariance(x)
-    x = centre(x)
-    return torch.bmm(x, x.transpose(1, 2)) / x.shape[2]
-
-
-def centre(x: torch.Tensor) -> torch.Tensor:
-    """Subtract the mean before any product: E[xx'] - mm' would cancel where the mean is large beside the spread."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x - x.mean(dim=2, keepdim=True, dtype=dtype)  # a half-precision x becomes float32 on the way, uncopied
-
-
-def _covariance_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    grad = (grad + grad.transpose(1, 2)) / x.shape[2]
-    if has_exact_products(x):
-        return half_covariance_gradient(x, grad)
-    centred = centre(x)
-    # The gradient of a channels-last map is channels last too. The compiler chooses layouts itself.
-    if not torch.compiler.is_compiling() and x.stride(1) == 1:
-        return torch.bmm(centred.transpose(1, 2), grad).transpose(1, 2).to(x.dtype)
-    return torch.bmm(grad, centred).to(x.dtype)
-
-
-# Autograd would keep the centred features too.
-_Covariance = function_of_input(_covariance, _covariance_gradient)
 
 
 def position_covariance(x: torch.Tensor, spatial_dims: int | None = None) -> torch.Tensor:
@@ -123,106 +94,146 @@ def position_covariance(x: torch.Tensor, spatial_dims: int | None = None) -> tor
     return with_leading_dims(cov, leading_dims_of_features(x, spatial_dims))
 
 
-def triu_vectorize(mat: torch.Tensor, scale: bool = False) -> torch.Tensor:
-    """Upper triangle of symmetric matrices, diagonal included, in row-major order.
+def bilinear_pool(
+    x: torch.Tensor, weights: torch.Tensor | None = None, spatial_dims: int | None = None
+) -> torch.Tensor:
+    r"""Products of all pairs of channels, averaged over the positions of a feature map (bilinear pooling, section 3).
 
-    The order is part of the weights of every classifier that reads these vectors, and never changes.
+    .. math:: G = \frac{1}{M} X X^\top
+
+    It is the covariance between channels without centring. With weights, products are averaged with them.
 
     Args:
-        mat: Matrices, (…, C, C). Of each, the upper triangle is read.
-        scale: Multiply what is off the diagonal by √2: norms and inner products of vectors are then those of matrices.
+        x: Features: (B, C, H, W), or (…, C, M) of at most three dimensions.
+        weights: Weights of the positions, as in :func:`covariance_pool`.
+        spatial_dims: As in :func:`covariance_pool`.
 
     Returns:
-        (…, C·(C+1)/2), in the dtype of ``mat``: row 0 from column 0, row 1 from column 1, and so on.
+        (…, C, C), symmetric and positive semi-definite, in float32, or in float64 if ``x`` is. Autocast has no effect.
 
     Raises:
-        ValueError: If ``mat`` has no square matrices.
+        ValueError: If ``x`` has other dimensions, no positions, or is complex, or ``weights`` has another shape.
 
     Examples:
-        >>> triu_vectorize(torch.tensor([[[1, 2], [2, 3]]]))
-        tensor([[1, 2, 3]])
+        >>> x = torch.randn(2, 8, 7, 7)
+        >>> pixels = x.flatten(2)
+        >>> torch.allclose(bilinear_pool(x), pixels @ pixels.mT / 49, atol=1e-5)
+        True
     """
-    if not torch.jit.is_scripting():
-        check_matrices("mat", mat)
-    if scale:
-        mat = mat * _off_diagonal(mat, 2**0.5)
+    if not torch.jit.is_scripting():  # does not know our checks
+        check_features("x", x, weights, spatial_dims)
+    flat = flatten_positions(x, spatial_dims)
+    if weights is not None:
+        products = quadratic_form(at_least_float32(flat), normalize_weights(weights, flat))
+    else:
+        products = second_moment(flat, "uncentred")
+    return with_leading_dims(products, leading_dims_of_features(x, spatial_dims))
+
+
+def second_moment(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """Products of all pairs of rows, (B, R, N) to (B, R, R).
+
+    Args:
+        x: R rows of N elements.
+        kind: ``"covariance"``, X̄X̄ᵀ / N with each row centred; ``"uncentred"``, XXᵀ / N; ``"official"``, what the
+            released code of GSoP-Net has for positions, X (I / R - 11ᵀ / R²) Xᵀ, R where a covariance has N.
+
+    Returns:
+        In float32, or in float64 if ``x`` is. Autocast has no effect.
+    """
+    if torch.jit.is_scripting():  # knows neither autocast nor our gradient
+        return plain_second_moment(x, kind)
+    if kind == "covariance" and kernels.usable(x):
+        return kernels.load("covariance").map_covariance(x)
+    return evaluate(_SecondMoment, plain_second_moment, x, kind)
+
+
+def plain_second_moment(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """As :func:`second_moment`, in plain operations."""
     if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
-        if torch.jit.is_tracing() or is_exporting(mat.shape[-1]):
-            return _take_constant(mat, np.triu_indices)
-    # Made at each call and not kept as a buffer: a non-persistent one is garbage after meta-device loading.
-    return _take(mat, torch.triu_indices(mat.shape[-1], mat.shape[-1], device=mat.device))
+        if kind == "covariance" and has_exact_products(x):
+            return half_covariance(x)
+    x = centre(x) if kind == "covariance" else at_least_float32(x)
+    products = torch.bmm(x, x.transpose(1, 2))
+    if kind != "official":
+        return products / x.shape[2]
+    rows, total = x.shape[1], x.sum(dim=2, keepdim=True)
+    # Divided after the product: OpenVINO takes a sum that is divided for a mean, by whatever it is divided.
+    return products / rows - total * total.transpose(1, 2) / (rows * rows)
 
 
-def triu_unvectorize(vectors: torch.Tensor, scale: bool = False) -> torch.Tensor:
-    """Symmetric matrices from their upper triangles: the inverse of :func:`triu_vectorize`.
-
-    Args:
-        vectors: Triangles, (…, C·(C+1)/2).
-        scale: Divide what is off the diagonal by √2, which ``triu_vectorize(scale=True)`` multiplied it by.
-
-    Returns:
-        (…, C, C), in the dtype of ``vectors``.
-
-    Raises:
-        ValueError: If the last dimension is not C·(C+1)/2 for any C.
-
-    Examples:
-        >>> triu_unvectorize(torch.tensor([[1, 2, 3]]))
-        tensor([[[1, 2],
-                 [2, 3]]])
-    """
-    length = int(vectors.shape[-1])  # that of the weights: constant in a trace
-    size = int(((8 * length + 1) ** 0.5 - 1) / 2 + 0.5)
-    if size * (size + 1) // 2 != length:
-        raise ValueError(f"vectors has {length} elements in its last dimension; accepted: C·(C+1)/2, 1, 3, 6, 10, …")
-    position = torch.arange(size, device=vectors.device)
-    row, column = torch.minimum(position[:, None], position), torch.maximum(position[:, None], position)
-    index = row * (2 * size - 1 - row) // 2 + column
-    mat = vectors.index_select(-1, index.flatten()).unflatten(-1, (size, size))
-    return mat * _off_diagonal(mat, 0.5**0.5) if scale else mat
+def centre(x: torch.Tensor) -> torch.Tensor:
+    """Subtract the mean before any product: E[xx'] - mm' would cancel where the mean is large beside the spread."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x - x.mean(dim=2, keepdim=True, dtype=dtype)  # a half-precision x becomes float32 on the way, uncopied
 
 
-def _off_diagonal(mat: torch.Tensor, factor: float) -> torch.Tensor:
-    """One on the diagonal, and ``factor`` elsewhere."""
-    dtype = mat.dtype if mat.is_floating_point() else torch.float32
-    eye = torch.eye(mat.shape[-1], dtype=dtype, device=mat.device)
-    return factor + (1 - factor) * eye
+def _second_moment_gradient(x: torch.Tensor, grad: torch.Tensor, kind: str) -> torch.Tensor:
+    divisor = x.shape[1] if kind == "official" else x.shape[2]
+    grad = (grad + grad.transpose(1, 2)) / divisor
+    if kind == "covariance":
+        if has_exact_products(x):
+            return half_covariance_gradient(x, grad)
+        rows = centre(x)
+    else:
+        rows = at_least_float32(x)
+        if kind == "official":
+            rows = rows - rows.sum(dim=2, keepdim=True) / divisor
+    # The gradient of a channels-last map is channels last too. The compiler chooses layouts itself.
+    if not torch.compiler.is_compiling() and x.stride(1) == 1:
+        return torch.bmm(rows.transpose(1, 2), grad).transpose(1, 2).to(x.dtype)
+    return torch.bmm(grad, rows).to(x.dtype)
 
 
-def tril_vectorize(mat: torch.Tensor) -> torch.Tensor:
-    """Lower triangle of symmetric matrices, diagonal included, in row-major order: that of the released code.
-
-    Args:
-        mat: Matrices, (…, C, C). Of each, the lower triangle is read.
-
-    Returns:
-        (…, C·(C+1)/2), in the dtype of ``mat``: row 0 to column 0, row 1 to column 1, and so on.
-
-    Raises:
-        ValueError: If ``mat`` has no square matrices.
-    """
-    if not torch.jit.is_scripting():
-        check_matrices("mat", mat)
-        if torch.jit.is_tracing() or is_exporting(mat.shape[-1]):
-            return _take_constant(mat, np.tril_indices)
-    return _take(mat, torch.tril_indices(mat.shape[-1], mat.shape[-1], device=mat.device))
+# Autograd would keep the centred features too.
+_SecondMoment = function_of_input(plain_second_moment, _second_moment_gradient)
 
 
-def _take(mat: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    return mat.flatten(-2).index_select(-1, indices[0] * mat.shape[-1] + indices[1])
+def normalize_weights(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Divide by the sum over the positions of each sample of ``x``, (B, C, M): to (B, M). All zero stays zero."""
+    weights = weights.reshape(x.shape[0], x.shape[2]).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    total = weights.sum(dim=1, keepdim=True)
+    return weights / torch.where(total == 0, torch.ones_like(total), total)
 
 
-def _take_constant(mat: torch.Tensor, triangle: Callable[[int], tuple[Any, Any]]) -> torch.Tensor:
-    """As :func:`_take`, with indices that a graph holds as constants: converters lack an operation that makes them."""
-    if not torch.jit.is_tracing():
-        return mat.flatten(-2).index_select(-1, _indices(mat.shape[-1], triangle, mat.device))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # the size is that of the weights: it is constant
-        indices = _indices(int(mat.shape[-1]), triangle, mat.device)
-    return mat.flatten(-2).index_select(-1, indices)
+def centre_weighted(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Subtract the weighted mean, given weights that :func:`normalize_weights` made."""
+    x = at_least_float32(x)
+    return x - (x * weights[:, None, :]).sum(dim=2, keepdim=True)
 
 
-@torch.compiler.assume_constant_result
-def _indices(size: int, triangle: Callable[[int], tuple[Any, Any]], device: torch.device) -> torch.Tensor:
-    rows, columns = triangle(size)
-    return torch.as_tensor(rows * size + columns, device=device)
+def quadratic_form(x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+    """X S Xᵀ, (B, C, M) to (B, C, C), for a symmetric S, (B, M, M), or one that is given by its diagonal, (B, M)."""
+    if torch.jit.is_scripting():
+        return _quadratic_form(x, inner)
+    return evaluate(_QuadraticForm, _quadratic_form, x, inner)
+
+
+def _quadratic_form(x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(_times(x, inner), x.transpose(1, 2))
+
+
+def _times(x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+    return x * inner[:, None, :] if inner.dim() == 2 else torch.bmm(x, inner)
+
+
+class _QuadraticForm(torch.autograd.Function):
+    """With a gradient of its own, which autocast does not reach; by no square root, which is steep at zero."""
+
+    generate_vmap_rule = True  # for torch.func
+
+    @staticmethod
+    def forward(x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+        return _quadratic_form(x, inner)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, inner = ctx.saved_tensors
+        product = torch.bmm(grad + grad.transpose(1, 2), x)
+        of_inner = (x * product).sum(dim=1) if inner.dim() == 2 else torch.bmm(x.transpose(1, 2), product)
+        return _times(product, inner), 0.5 * of_inner

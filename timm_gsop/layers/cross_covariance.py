@@ -3,8 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from timm_gsop.layers.gradients import evaluate, function_of_input
-from timm_gsop.layers.precision import at_least_float32
+from timm_gsop.layers.gradients import at_least_float32, evaluate, function_of_input
 
 __all__ = ["CENTRINGS", "centre_groups", "cross_moments"]
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_gsop.layers.cov_pool import CovPool2d
 from timm_gsop.layers.covariance import covariance_pool
-from timm_gsop.layers.precision import at_least_float32
+from timm_gsop.layers.gradients import at_least_float32
 from timm_gsop.layers.second_order_pool import register_pool
 
 __all__ = ["DropCovPool2d", "drop_rate_of", "weigh_and_drop"]

@@ -1,10 +1,11 @@
-"""Hand-written gradients: where they are used, and how autocast is kept out of them.
+"""How a function is evaluated: in at least float32 whatever autocast says, and where with a hand-written gradient.
 
 A backward pass runs, or is traced by the compiler, under whatever autocast is active where it is called. A guard around
 the forward pass does not reach it, so every hand-written backward pass guards itself.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -12,11 +13,37 @@ import torch
 from torch.autograd import Function
 
 from timm_gsop.layers.exporting import makes_graph
-from timm_gsop.layers.precision import autocast_disabled
 
-__all__ = ["evaluate", "function_of_input", "gradients_of_reference", "without_autocast"]
+__all__ = [
+    "at_least_float32",
+    "autocast_disabled",
+    "evaluate",
+    "function_of_input",
+    "gradients_of_reference",
+    "without_autocast",
+]
 
 Backward = Callable[..., Any]
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` in float32, or as it is where it is float32 or float64 already."""
+    if x.dtype == torch.float32 or x.dtype == torch.float64:
+        return x
+    return x.float()
+
+
+def autocast_disabled(device: torch.device) -> AbstractContextManager:
+    """Return a context in which autocast leaves tensors of ``device`` alone."""
+    if not _has_autocast(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+@torch.compiler.assume_constant_result  # the compiler of torch 2.5 cannot look into PyTorch's function
+def _has_autocast(device_type: str) -> bool:
+    """Whether a device has autocast; the meta device, for one, has not."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 def evaluate(function: type[Function], plain: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -43,14 +70,13 @@ def evaluate(function: type[Function], plain: Callable[..., torch.Tensor], x: to
         return output[0] if isinstance(output, tuple) else output
 
 
-def function_of_input(
-    plain: Callable[[torch.Tensor], torch.Tensor], gradient: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> type[Function]:
+def function_of_input(plain: Callable[..., torch.Tensor], gradient: Callable[..., torch.Tensor]) -> type[Function]:
     """Make a differentiable function that keeps its input for the gradient and nothing else.
 
     Args:
-        plain: The function of one tensor, in plain operations.
-        gradient: Maps the input, and the gradient with respect to the output, to that with respect to the input.
+        plain: The function of one tensor, and of arguments that are no tensors, in plain operations.
+        gradient: Maps the input, the gradient with respect to the output, and the other arguments, to the gradient
+            with respect to the input.
 
     Returns:
         The function, for :func:`evaluate`.
@@ -60,18 +86,19 @@ def function_of_input(
         generate_vmap_rule = True  # for torch.func
 
         @staticmethod
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            return plain(x)
+        def forward(x: torch.Tensor, *others: Any) -> torch.Tensor:
+            return plain(x, *others)
 
         @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            ctx.save_for_backward(*inputs)
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+            x, *ctx.others = inputs
+            ctx.save_for_backward(x)
 
         @staticmethod
         @without_autocast
-        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             (x,) = ctx.saved_tensors
-            return gradient(x, grad)
+            return gradient(x, grad, *ctx.others), *[None] * len(ctx.others)
 
     return FunctionOfInput
 

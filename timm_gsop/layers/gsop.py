@@ -16,14 +16,13 @@ from timm_gsop.checks import (
 )
 from timm_gsop.layers import kernels
 from timm_gsop.layers.adaptive_pool import adaptive_avg_pool2d
-from timm_gsop.layers.channel_reduction import ChannelReduction
+from timm_gsop.layers.channel_reduction import ChannelReduction, can_fuse, fused_covariance, output_is_hooked
 from timm_gsop.layers.covariance import covariance_pool, position_covariance
-from timm_gsop.layers.hooks import output_is_hooked
-from timm_gsop.layers.reduced_covariance import can_fuse, fused_covariance
 from timm_gsop.layers.row_conv import RowConv2d
 
 __all__ = [
     "FUSIONS",
+    "NEUTRAL_SCALE",
     "ChannelGsop",
     "CovarianceExcitation",
     "FusedGsop",
@@ -31,6 +30,7 @@ __all__ = [
     "Gsop",
     "GsopBlock",
     "PositionGsop",
+    "start_at_half",
 ]
 
 FUSIONS = ("avg", "max", "concat")
@@ -83,6 +83,8 @@ class Gsop(nn.Module):
         reduction: Maps (B, C, H, W) to (B, d, H', W').
         excitation: Maps covariance matrices (B, n, n) to weights (B, m, 1, 1).
     """
+
+    only_scales = True  # and does nothing else to the features
 
     def __init__(self, reduction: nn.Module, excitation: "CovarianceExcitation") -> None:
         super().__init__()
@@ -336,6 +338,8 @@ class Fusion(nn.Module):
         fuse: Makes one tensor of the two that they return.
     """
 
+    only_scales = True
+
     def __init__(self, channel: Gsop, position: Gsop, fuse: Fuse) -> None:
         super().__init__()
         self.channel = channel
@@ -388,6 +392,45 @@ class FusedGsop(Fusion):
         else:
             fuse = Concatenation(channels, device=device, dtype=dtype)
         super().__init__(channel, position, fuse)
+
+
+NEUTRAL_SCALE = 2 / 3
+"""Scale of a block, ``scale * (x + gsop(x))``, with which it is the identity while all weights are one half."""
+
+
+@torch.no_grad()
+def start_at_half(gsop: nn.Module) -> None:
+    """Make a layer return half of its input, whatever that is, by zeros in the last convolution before its sigmoid.
+
+    The sigmoid is steepest there. That convolution learns from the first step on, and with it the layers before.
+
+    Args:
+        gsop: A :class:`ChannelGsop`, :class:`PositionGsop` or :class:`FusedGsop`; changed in place.
+
+    Raises:
+        ValueError: If the layer is of the official flavor with a position-wise part, which rectifies or normalizes what
+            it scaled, or is no GSoP layer.
+    """
+    if not isinstance(gsop, ChannelGsop | PositionGsop | FusedGsop):
+        raise ValueError(
+            f"gsop={type(gsop).__name__} cannot start neutral; accepted: ChannelGsop, PositionGsop, FusedGsop."
+        )
+    if not gsop.only_scales:
+        raise ValueError(
+            "flavor='official' with position-wise blocks cannot start neutral, because they rectify or normalize what "
+            "they scaled; accepted: gsop_type='channel', or flavor='paper'."
+        )
+    if isinstance(gsop, FusedGsop):
+        start_at_half(gsop.channel)
+        start_at_half(gsop.position)
+        if isinstance(gsop.fuse, Concatenation):
+            weight = gsop.fuse.conv.weight
+            halves = torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)[:, :, None, None] / 2
+            weight.copy_(torch.cat([halves, halves], dim=1))
+            nn.init.zeros_(gsop.fuse.conv.bias)  # type: ignore[arg-type]
+    else:
+        nn.init.zeros_(gsop.excitation.expand_conv.weight)
+        nn.init.zeros_(gsop.excitation.expand_conv.bias)  # type: ignore[arg-type]
 
 
 class GsopBlock(nn.Module):

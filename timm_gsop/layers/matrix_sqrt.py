@@ -8,9 +8,8 @@ import torch
 from timm_gsop.checks import check_nonnegative, check_positive, check_positive_int, check_real_matrices
 from timm_gsop.layers import kernels
 from timm_gsop.layers.exporting import is_exporting, makes_graph
-from timm_gsop.layers.gradients import evaluate, without_autocast
+from timm_gsop.layers.gradients import at_least_float32, evaluate, without_autocast
 from timm_gsop.layers.leading_dims import as_batch, with_leading_dims
-from timm_gsop.layers.precision import at_least_float32
 
 __all__ = ["eigh_log", "eigh_power", "newton_schulz_inverse_sqrt", "newton_schulz_sqrt"]
 

@@ -15,8 +15,7 @@ from torch import nn
 from timm_gsop.checks import check_choice, check_positive_int
 from timm_gsop.layers.adaptive_pool import adaptive_avg_pool2d
 from timm_gsop.layers.cov_pool import IsqrtCovPool2d
-from timm_gsop.layers.covariance import tril_vectorize
-from timm_gsop.layers.gradients import evaluate, function_of_input
+from timm_gsop.layers.covariance import second_moment
 from timm_gsop.layers.gsop import (
     FUSIONS,
     ChannelGsop,
@@ -28,7 +27,7 @@ from timm_gsop.layers.gsop import (
     Maximum,
     PositionGsop,
 )
-from timm_gsop.layers.precision import at_least_float32
+from timm_gsop.layers.triangle import tril_vectorize
 
 __all__ = [
     "OfficialChannelGsop",
@@ -126,26 +125,7 @@ def official_position_covariance(x: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, M, M), in float32, or in float64 if ``x`` is. Autocast has no effect.
     """
-    if torch.jit.is_scripting():  # knows neither autocast nor our gradient
-        return _position_covariance(x.flatten(2))
-    return evaluate(_PositionCovariance, _position_covariance, x.flatten(2))
-
-
-def _position_covariance(x: torch.Tensor) -> torch.Tensor:
-    x = at_least_float32(x)
-    positions = x.shape[2]
-    total = x.sum(dim=1, keepdim=True)
-    # Divided after the product: OpenVINO takes a sum that is divided for a mean, by whatever it is divided.
-    return torch.bmm(x.transpose(1, 2), x) / positions - total * total.transpose(1, 2) / (positions * positions)
-
-
-def _position_covariance_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    positions, full = x.shape[2], at_least_float32(x)
-    grad = (grad + grad.transpose(1, 2)) / positions
-    return torch.bmm(full - full.sum(dim=1, keepdim=True) / positions, grad).to(x.dtype)
-
-
-_PositionCovariance = function_of_input(_position_covariance, _position_covariance_gradient)
+    return second_moment(x.flatten(2).transpose(1, 2), "official")
 
 
 class OfficialPositionGsop(PositionGsop):
@@ -159,6 +139,8 @@ class OfficialPositionGsop(PositionGsop):
     Raises:
         ValueError: If an argument < 1; in ``forward``, if the input does not have four dimensions.
     """
+
+    only_scales = False
 
     def __init__(
         self,
@@ -253,6 +235,8 @@ class OfficialFusedGsop(FusedGsop):
         ValueError: If ``fusion`` is unknown, another argument < 1, or the concatenation cannot have as many channels;
             in ``forward``, if the input does not have four dimensions.
     """
+
+    only_scales = False
 
     def __init__(
         self,

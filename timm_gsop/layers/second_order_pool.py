@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from timm_gsop.checks import check_choice, check_positive_int
-from timm_gsop.layers.precision import at_least_float32
+from timm_gsop.layers.gradients import at_least_float32
 
 __all__ = [
     "FIRST_ORDER_POOLS",

@@ -6,10 +6,10 @@ from typing import Any
 
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 
+from timm_gsop.models.gsop_mixin import GsopMixin
 from timm_gsop.pretrained.checkpoint import Weights
-from timm_gsop.pretrained.head import check_isqrt_dim, fit_head
+from timm_gsop.pretrained.fitting import check_isqrt_dim, check_options, check_same_network, fit_head
 from timm_gsop.pretrained.locate import locate_weights
-from timm_gsop.pretrained.mismatch import check_options, check_same_network
 
 __all__ = ["build_model"]
 
@@ -24,7 +24,6 @@ def build_model(
     pretrained: bool,
     pretrained_cfg: PretrainedCfg | dict[str, Any] | str | None = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
-    pretrained_filter_fn: Callable[[Weights, Any], Weights] | None = None,
     cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -40,7 +39,6 @@ def build_model(
         pretrained: Whether to load weights.
         pretrained_cfg: Configuration of the weights, or its tag; None for the name's default.
         pretrained_cfg_overlay: Entries that replace the configuration's.
-        pretrained_filter_fn: Fits weights to the network, before its head is fitted.
         cache_dir: Where downloads are kept, in place of the Hub's and PyTorch's own folders.
         **kwargs: For timm's function and the network.
 
@@ -60,8 +58,8 @@ def build_model(
             source.update(source="", file=str(path))
 
     def fit(weights: Weights, model: Any) -> Weights:
-        if pretrained_filter_fn is not None:
-            weights = pretrained_filter_fn(weights, model)
+        if isinstance(model, GsopMixin):
+            weights = model.fit_weights(weights)
         if kwargs.get("pretrained_strict", True):
             check_options(weights, model)
             check_same_network(weights, model, variant)

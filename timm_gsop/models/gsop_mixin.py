@@ -10,8 +10,9 @@ from torch import nn
 from timm_gsop.checks import check_choice, check_stages
 from timm_gsop.layers import check_gsop, create_gsop
 from timm_gsop.models.global_pool import GlobalPoolMixin
+from timm_gsop.pretrained.checkpoint import Weights
 
-__all__ = ["GsopMixin", "reset_parameters"]
+__all__ = ["GsopMixin", "SmallestImageMixin", "check_image_size", "reset_parameters"]
 
 
 class GsopMixin(GlobalPoolMixin):
@@ -126,6 +127,48 @@ class GsopMixin(GlobalPoolMixin):
     def init_base(self) -> None:
         """Initialize what the base network has, as its constructor does."""
         raise NotImplementedError
+
+    def fit_weights(self, weights: Weights) -> Weights:
+        """Fit weights of the base network, or that others released, to this one. Here they are left as they are.
+
+        Args:
+            weights: By the network's names, or by those of the code that made them.
+
+        Returns:
+            Weights with which the network computes what the original did. New blocks in it may get other weights.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        return weights
+
+
+class SmallestImageMixin:
+    """For networks of timm whose maps shrink to nothing: a clear error for images that are too small."""
+
+    smallest_image: int
+
+    def forward_intermediates(self, x: torch.Tensor, *args: Any, stop_early: bool = False, **kwargs: Any) -> Any:
+        """timm's ``forward_intermediates``."""
+        if not stop_early:
+            check_image_size(x, self.smallest_image)
+        return super().forward_intermediates(x, *args, stop_early=stop_early, **kwargs)  # type: ignore[misc]
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
+        """timm's ``prune_intermediate_layers``; what is left of the network may accept smaller images."""
+        self.smallest_image = 1
+        return super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
+
+
+def check_image_size(x: torch.Tensor, smallest: int) -> None:
+    """Raise ``ValueError`` for an image, (B, C, H, W), with a side below ``smallest``; graphs do not check."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return
+    if min(x.shape[-2:]) < smallest:
+        raise ValueError(
+            f"input has shape {tuple(x.shape)}, too small for this network; accepted: images of at least "
+            f"{smallest}×{smallest}."
+        )
 
 
 def reset_parameters(module: Any, package: str = "") -> None:

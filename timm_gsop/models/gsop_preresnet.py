@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from timm.layers import BatchNormAct2d, calculate_drop_path_rates, create_attn, create_conv2d
 from timm.models import generate_default_cfgs, register_model
-from timm.models.resnetv2 import PreActBottleneck, ResNetStage, ResNetV2, feature_take_indices
+from timm.models.resnetv2 import PreActBottleneck, ResNetStage, feature_take_indices
 from torch import nn
 
 from timm_gsop.checks import check_choice, check_positive_int
@@ -81,72 +81,131 @@ def _rename_attention(_: nn.Module, weights: dict[str, torch.Tensor], prefix: st
         weights[f"{prefix}attn.{name.removeprefix(old)}"] = weights.pop(name)
 
 
-class PreActResNet(ResNetV2):
+class PreActResNet(nn.Module):
     """Pre-activation ResNet for small images: a 3×3 stem that keeps their size, and three stages of bottlenecks.
+
+    It is timm's ``ResNetV2`` with another stem, other widths and no pooling after the stem, which that has no arguments
+    for. Global pooling and classifier come from :class:`GsopMixin`.
 
     Args:
         depth: Bottlenecks in each of the three stages; the network has 9·depth + 2 layers.
+        num_classes: Number of classes.
+        global_pool: As in timm.
         in_chans: Channels of the image.
         last_stride: Stride of the last stage, 1 or 2.
         attn_layer: One of timm's attention layers, at the end of every bottleneck's residual branch; None for none.
+        drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth.
         zero_init_last: Start every bottleneck as the identity.
         device: Device of the weights.
         dtype: Precision of the weights.
-        **kwargs: Other arguments of timm's ``ResNetV2``.
 
     Raises:
         ValueError: If an argument is not among the accepted ones.
     """
 
     stem: nn.Sequential
+    stages: nn.Sequential
 
     def __init__(
         self,
         depth: int,
+        num_classes: int = 0,
+        global_pool: str = "",
         in_chans: int = 3,
         last_stride: int = 2,
         attn_layer: str | None = None,
+        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         zero_init_last: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **kwargs: Any,
     ) -> None:
         check_positive_int("depth", depth)
         check_choice("last_stride", last_stride, (1, 2))
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        layers: dict[str, Any] = dict(norm_layer=BatchNormAct2d, conv_layer=_create_conv)
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
         self._zero_init_last = zero_init_last
-        super().__init__([], (), in_chans=in_chans, stem_chs=16, **layers, **dd, **kwargs)
-        self.stem = self.stem[:1]  # without the pooling
-        del self.head  # GsopMixin brings pooling and classifier
-        self.feature_info[0]["reduction"] = 1
-        block_fn: Any = PreActBottleneck
+        channels, reduction = 16, 1
+        self.stem = nn.Sequential(OrderedDict(conv=create_conv2d(in_chans, channels, 3, **dd)))
+        self.feature_info = [dict(num_chs=channels, reduction=reduction, module="stem.conv")]
+        bottleneck: Any = PreActBottleneck
         if attn_layer is not None:
-            block_fn = partial(AttentionBottleneck, attn_layer=attn_layer)
+            bottleneck = partial(AttentionBottleneck, attn_layer=attn_layer)
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, [depth] * 3, stagewise=True)
-        for channels, stride, rates in zip((64, 128, 256), (1, 2, last_stride), drop_path_rates, strict=True):
-            before = self.feature_info[-1]
+        self.stages = nn.Sequential()
+        for width, stride, rates in zip((64, 128, 256), (1, 2, last_stride), drop_path_rates, strict=True):
             stage = ResNetStage(
-                before["num_chs"],
                 channels,
+                width,
                 stride,
                 dilation=1,
                 depth=depth,
                 block_dpr=rates,
-                block_fn=block_fn,
+                block_fn=bottleneck,
                 act_layer=nn.ReLU,
-                **layers,
+                norm_layer=BatchNormAct2d,
+                conv_layer=create_conv2d,
                 **dd,
             )
             name = str(len(self.stages))
             self.stages.add_module(name, stage)
-            info = dict(num_chs=channels, reduction=before["reduction"] * stride, module=f"stages.{name}")
-            self.feature_info.append(info)
-        self.num_features = self.feature_info[-1]["num_chs"]
-        self.norm = BatchNormAct2d(self.num_features, **dd)
+            channels, reduction = width, reduction * stride
+            self.feature_info.append(dict(num_chs=channels, reduction=reduction, module=f"stages.{name}"))
+        self.num_features = channels
+        self.norm = BatchNormAct2d(channels, **dd)
         self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = False) -> None:
+        """Initialize convolutions as timm's ``ResNetV2`` does, and attention layers as they do themselves."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, PreActBottleneck) and zero_init_last:
+                module.zero_init_last()
+            if isinstance(module, AttentionBottleneck):
+                reset_parameters(module.attn)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory: stages are computed again in the backward pass."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images (B, in_chans, H, W) to features (B, C, H', W')."""
+        return self.norm(self.stages(self.stem(x)))
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """timm's ``forward_intermediates``, for four feature levels: the stem and three stages."""
+        check_choice("output_fmt", output_fmt, ("NCHW",))
+        taken, last = feature_take_indices(len(self.feature_info), indices)
+        x = self.stem(x)
+        maps = [x]
+        for stage in self.stages[:last] if stop_early else self.stages:
+            x = stage(x)
+            maps.append(x)
+        is_whole = len(maps) > len(self.stages)
+        normalized = self.norm(x) if is_whole else x
+        if norm:
+            maps[-1] = normalized
+        intermediates = [maps[i] for i in taken]
+        return intermediates if intermediates_only else (normalized, intermediates)
 
 
 class GsopPreActResNet(GsopMixin, PreActResNet):
@@ -201,7 +260,7 @@ class GsopPreActResNet(GsopMixin, PreActResNet):
 
     def add_blocks(self, stage: int, create: Callable[..., nn.Module]) -> None:
         """Put blocks between the bottlenecks of a stage, which keep their names."""
-        bottlenecks = self.stages[stage - 1].blocks
+        bottlenecks: Any = self.stages[stage - 1].blocks
         depth, channels = len(bottlenecks), self.feature_info[stage]["num_chs"]
         modules: OrderedDict[str, nn.Module] = OrderedDict()
         for i, bottleneck in enumerate(bottlenecks):
@@ -212,11 +271,8 @@ class GsopPreActResNet(GsopMixin, PreActResNet):
         self.stages[stage - 1].blocks = nn.Sequential(modules)
 
     def init_base(self, zero_init_last: bool | None = None) -> None:
-        """Initialize the backbone as timm does; ``zero_init_last`` is by default as at construction."""
-        ResNetV2.init_weights(self, self._zero_init_last if zero_init_last is None else zero_init_last)
-        for module in self.modules():  # attention layers as they initialize themselves
-            if isinstance(module, AttentionBottleneck):
-                reset_parameters(module.attn)
+        """Initialize the backbone; ``zero_init_last`` is by default as at construction."""
+        PreActResNet.init_weights(self, self._zero_init_last if zero_init_last is None else zero_init_last)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -237,24 +293,24 @@ class GsopPreActResNet(GsopMixin, PreActResNet):
         """The classifier."""
         return self.fc
 
-    def forward_intermediates(
-        self, x: torch.Tensor, indices: int | list[int] | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """timm's ``forward_intermediates``, for four feature levels: the stem and three stages."""
-        return super().forward_intermediates(x, self._levels(indices), *args, **kwargs)
-
-    def prune_intermediate_layers(self, indices: int | list[int] = 1, *args: Any, **kwargs: Any) -> list[int]:
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
         """timm's ``prune_intermediate_layers``, for four feature levels: the stem and three stages."""
-        return super().prune_intermediate_layers(self._levels(indices), *args, **kwargs)
+        taken, last = feature_take_indices(len(self.feature_info), indices)
+        is_cut = last < len(self.stages)
+        if prune_norm or is_cut:
+            self.norm = nn.Identity()
+        self.stages = self.stages[:last]
+        if is_cut:
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or is_cut:
+            self.reset_classifier(0, "")
+        return taken
 
-    def _levels(self, indices: int | list[int] | None) -> list[int]:
-        return feature_take_indices(len(self.feature_info), indices)[0]
-
-
-def _create_conv(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, **kwargs: Any) -> nn.Module:
-    """timm's convolution; in place of the stem's 7×7 one, a 3×3 one that keeps a small image's size."""
-    kernel_size, stride = (3, 1) if kernel_size == 7 else (kernel_size, stride)
-    return create_conv2d(in_chs, out_chs, kernel_size, stride=stride, **kwargs)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
 
 
 def _create_gsop_preresnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GsopPreActResNet:

@@ -1,41 +1,32 @@
-"""GSoP-Net on ResNet: Net1, Net2, and its relatives with covariance pooling at the end only.
+"""GSoP-Net on ResNet and ResNeXt: Net1, Net2, and their relatives with covariance pooling at the end only.
 
 Papers:
 * Global Second-order Pooling Convolutional Networks, CVPR 2019 - https://arxiv.org/abs/1811.12006
 * Towards Faster Training of Global Covariance Pooling Networks by Iterative Matrix Square Root Normalization,
   CVPR 2018 - https://arxiv.org/abs/1712.01034
 * Is Second-order Information Helpful for Large-scale Visual Recognition?, ICCV 2017 - https://arxiv.org/abs/1703.08050
+* Aggregated Residual Transformations for Deep Neural Networks, CVPR 2017 - https://arxiv.org/abs/1611.05431
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import BlurPool2d
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from timm_gsop.checks import check_choice
-from timm_gsop.layers import FLAVORS, GsopBlock, OfficialIsqrtCovPool2d
+from timm_gsop.layers import FLAVORS, GsopBlock
 from timm_gsop.models.build import build_model
 from timm_gsop.models.gsop_mixin import GsopMixin
-from timm_gsop.models.last_stride import remove_stride
 from timm_gsop.models.timm_weights import with_timm_weights
-from timm_gsop.pretrained.checkpoint import Weights
+from timm_gsop.pretrained.checkpoint import Weights, with_our_names
 from timm_gsop.pretrained.digests import published_id
 from timm_gsop.pretrained.neutral import neutral_start
-from timm_gsop.pretrained.released import (
-    ISQRT_ITERS,
-    has_released_names,
-    is_dropcov,
-    to_lower_triangle,
-    to_our_names,
-)
 
-__all__ = ["GsopResNet", "checkpoint_filter_fn"]  # register_model adds the entry points
-
-_logger = logging.getLogger(__name__)
+__all__ = ["GsopResNet"]  # register_model adds the entry points
 
 
 class GsopResNet(GsopMixin, ResNet):
@@ -92,7 +83,7 @@ class GsopResNet(GsopMixin, ResNet):
             **kwargs,
         )
         if output_stride == 32 and last_stride != 2:
-            remove_stride(self.layer4[0])
+            _remove_stride(self.layer4[0])
             self.feature_info[4]["reduction"] = self.feature_info[3]["reduction"]
 
     def add_blocks(self, stage: int, create: Callable[..., nn.Module]) -> None:
@@ -109,58 +100,37 @@ class GsopResNet(GsopMixin, ResNet):
         """Initialize timm's ResNet; ``zero_init_last`` is by default as at construction."""
         ResNet.init_weights(self, self._zero_init_last if zero_init_last is None else zero_init_last)
 
+    def fit_weights(self, weights: Weights) -> Weights:
+        """Fit weights: those of fast MPN-COV, GCP and DropCov get our names, and blocks that they lack start neutral.
 
-def checkpoint_filter_fn(weights: Weights, model: GsopResNet) -> Weights:
-    """Fit weights to a network: the released code's get our names, and blocks that they lack start neutral.
+        Where this network's pooling differs from theirs, a warning says so.
+
+        Raises:
+            ValueError: If a new block cannot start neutral (see :func:`neutral_start`), or if only one of weights and
+                network is DropCov's.
+        """
+        return neutral_start(self, with_our_names(weights, self.global_pool))
+
+
+def _remove_stride(block: nn.Module) -> None:
+    """Make a residual block of timm keep the size of its input, undilated: all strides and pools in it go.
+
+    More positions make a better estimate of the covariance (paper section 4.1).
 
     Args:
-        weights: By our names, or by the names of fast MPN-COV, GCP or DropCov.
-        model: The network; its new blocks' weights are changed.
-
-    Returns:
-        Weights with which the network computes what the original did. Where its pooling differs, a warning says so.
-
-    Raises:
-        ValueError: If a new block cannot start neutral (see :func:`neutral_start`), or if only one of weights and
-            network is DropCov's.
+        block: First block of a stage, of timm's ``ResNet``; changed in place.
     """
-    if has_released_names(weights):
-        weights = _from_released(weights, model.global_pool)
-    return neutral_start(model, weights)
-
-
-def _from_released(weights: Weights, pool: Any) -> Weights:
-    """Weights by our names; what is after the covariance is not in their names, but for DropCov's."""
-    dropcov = is_dropcov(weights)
-    pool_type = getattr(pool, "pool_type", "")
-    if dropcov and pool_type in ("isqrt", "mpn"):
-        raise ValueError(
-            f"global_pool={pool_type!r} is not accepted with these weights, which are DropCov's and have no square "
-            "root; accepted: global_pool='dropcov' or 'cov'."
-        )
-    if pool_type == "dropcov" and not dropcov:
-        raise ValueError(
-            "global_pool='dropcov' is not accepted with these weights, which have no eca_layer: they are iSQRT-COV's; "
-            "accepted: global_pool='isqrt'."
-        )
-    weights = to_our_names(weights)
-    if pool_type == "cov" and dropcov:
-        del weights["global_pool.importance.weight"]  # of training only
-    elif pool_type == "cov":
-        _logger.warning("The function changes: global_pool='cov', and the weights are of 'isqrt'.")
-    elif pool_type == "mpn":
-        _logger.warning(
-            "The function changes unless the weights were trained with the exact root: they look as iSQRT's."
-        )
-    elif pool_type == "isqrt" and pool.num_iters != ISQRT_ITERS:
-        _logger.warning("The function changes: isqrt_iters=%d, and the weights are of %d.", pool.num_iters, ISQRT_ITERS)
-    if isinstance(pool, OfficialIsqrtCovPool2d) and "fc.weight" in weights:
-        weights = to_lower_triangle(weights, len(weights["global_pool.reduction.conv.weight"]))
-    return weights
+    for name, module in list(block.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
+        elif isinstance(module, (nn.AvgPool2d, BlurPool2d)):  # in the shortcut (avg_down), and for anti-aliasing
+            block.set_submodule(name, nn.Identity())
+    if hasattr(block, "stride"):
+        block.stride = 1  # type: ignore[assignment]
 
 
 def _create_gsop_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GsopResNet:
-    return build_model(GsopResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_model(GsopResNet, variant, pretrained, **kwargs)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -188,6 +158,8 @@ _ISQRT = dict(
 _MPN = dict(
     paper_name="Is Second-order Information Helpful for Large-scale Visual Recognition?", paper_ids="arXiv:1703.08050"
 )
+
+_RESNEXT = dict(interpolation="bicubic")
 
 # What the authors of iSQRT-COV published: depth, and the head of the file's SHA-256; top-1 and top-5 error.
 _ISQRT_FILES = {50: "mpncovresnet50-15991845.pth", 101: "mpncovresnet101-ade9737a.pth"}
@@ -240,6 +212,12 @@ default_cfgs = generate_default_cfgs(
         "gsop_resnet152_net1.untrained": _cfg(**_GSOP),
         **with_timm_weights("gsop_resnet152_net2", "resnet152.a1h_in1k", _cfg(**_GSOP), new_head=True),
         "gsop_resnet152_net2.untrained": _cfg(**_GSOP),
+        **with_timm_weights("gsop_resnext50_32x4d_net1", "resnext50_32x4d.a1h_in1k", _cfg(**_GSOP, **_RESNEXT)),
+        "gsop_resnext50_32x4d_net1.untrained": _cfg(**_GSOP, **_RESNEXT),
+        **with_timm_weights(
+            "gsop_resnext50_32x4d_net2", "resnext50_32x4d.a1h_in1k", _cfg(**_GSOP, **_RESNEXT), new_head=True
+        ),
+        "gsop_resnext50_32x4d_net2.untrained": _cfg(**_GSOP, **_RESNEXT),
         **with_timm_weights("isqrt_resnet18", "resnet18.a1_in1k", _cfg(**_ISQRT), new_head=True),
         "isqrt_resnet18.untrained": _cfg(**_ISQRT),
         **with_timm_weights("isqrt_resnet26", "resnet26.bt_in1k", _cfg(**_ISQRT), new_head=True),
@@ -261,6 +239,7 @@ _RESNET34: dict[str, Any] = dict(block=BasicBlock, layers=(3, 4, 6, 3))
 _RESNET50: dict[str, Any] = dict(block=Bottleneck, layers=(3, 4, 6, 3))
 _RESNET101: dict[str, Any] = dict(block=Bottleneck, layers=(3, 4, 23, 3))
 _RESNET152: dict[str, Any] = dict(block=Bottleneck, layers=(3, 8, 36, 3))
+_RESNEXT50: dict[str, Any] = dict(block=Bottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
 
 # How the paper's two networks, and those with covariance pooling at the end only, differ (paper sections 3 and 4.1).
 _NET1: dict[str, Any] = dict(gsop_layers=(1, 2, 3, 4), global_pool="avg")
@@ -351,6 +330,20 @@ def gsop_resnet152_net2(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
     """GSoP-Net2 on ResNet-152: GSoP blocks after the first three stages, iSQRT-COV pooling."""
     model_args = dict(_RESNET152, **_NET2)
     return _create_gsop_resnet("gsop_resnet152_net2", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gsop_resnext50_32x4d_net1(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """GSoP-Net1 on ResNeXt-50 32x4d: GSoP blocks after all stages, average pooling."""
+    model_args = dict(_RESNEXT50, **_NET1)
+    return _create_gsop_resnet("gsop_resnext50_32x4d_net1", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gsop_resnext50_32x4d_net2(pretrained: bool = False, **kwargs: Any) -> GsopResNet:
+    """GSoP-Net2 on ResNeXt-50 32x4d: GSoP blocks after the first three stages, iSQRT-COV pooling."""
+    model_args = dict(_RESNEXT50, **_NET2)
+    return _create_gsop_resnet("gsop_resnext50_32x4d_net2", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -31,7 +31,7 @@ class Norm(NamedTuple):
 def map_covariance(x: torch.Tensor) -> torch.Tensor:
     """Covariance between channels, over positions, of a half-precision map, in float32.
 
-    Reference: ``_covariance`` of :mod:`timm_gsop.layers.covariance`.
+    Reference: ``plain_second_moment(x, "covariance")`` of :mod:`timm_gsop.layers.covariance`.
 
     Args:
         x: Features, (B, C, M).
@@ -53,9 +53,9 @@ class _Covariance(Function):
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor | None:
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled() or not usable(x, grad):
-            from timm_gsop.layers.covariance import _covariance
+            from timm_gsop.layers.covariance import plain_second_moment
 
-            return gradients_of_reference(_covariance, (x,), grad)[0]
+            return gradients_of_reference(plain_second_moment, (x,), grad, "covariance")[0]
         return backward(grad, x, ctx.mean)[0]
 
 

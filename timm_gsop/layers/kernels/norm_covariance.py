@@ -26,11 +26,11 @@ def reference(
     of_batch: bool,
 ) -> torch.Tensor:
     """The same in plain operations. The statistics of the batch are computed again, and differentiated."""
-    from timm_gsop.layers.covariance import _covariance
+    from timm_gsop.layers.covariance import plain_second_moment
 
     running_mean, running_var = (None, None) if of_batch else (mean, var)
     y = F.relu(F.batch_norm(z, running_mean, running_var, weight, bias, of_batch, 0.0, eps))
-    return _covariance(y.flatten(2))
+    return plain_second_moment(y.flatten(2), "covariance")
 
 
 def norm_relu_covariance(

@@ -1,4 +1,4 @@
-"""What a conversion starts from: a checkpoint of train.py's, a folder of timm's saver, or a pretrained name."""
+"""What a conversion starts from: a released checkpoint, one of train.py's, a folder of timm's saver, or a name."""
 
 import json
 import logging
@@ -8,18 +8,25 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import yaml
-from timm.data import resolve_input_data_config
-from timm.models import PretrainedCfg, get_pretrained_cfg
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_input_data_config
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg
 from timm.models.densenet import DenseNet
 from timm.models.inception_v3 import InceptionV3
 from timm.models.resnet import ResNet
 
-from timm_gsop.hub.hub_folder import is_ours
-from timm_gsop.hub.labels import labels_of_training
+from timm_gsop.hub.hub_folder import NO_LICENSE, is_ours, labels_of_training
+from timm_gsop.models.gsop_resnet import default_cfgs
 from timm_gsop.pretrained.backbone import backbone_loading
-from timm_gsop.pretrained.checkpoint import Weights, read_checkpoint
+from timm_gsop.pretrained.checkpoint import (
+    Weights,
+    from_covariance_pooling,
+    from_gsop,
+    from_moment_probing,
+    read_checkpoint,
+)
+from timm_gsop.pretrained.locate import is_origin
 
-__all__ = ["Base", "find_base"]
+__all__ = ["NO_NAME", "RELEASED", "SourceCheckpoint", "find_checkpoint"]
 
 PREPROCESSING = ("input_size", "img_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 """train.py's arguments that say what a network was trained on."""
@@ -27,10 +34,47 @@ PREPROCESSING = ("input_size", "img_size", "mean", "std", "interpolation", "crop
 OF_THE_FUNCTION = ("channels", "global_pool", "isqrt_dim", "isqrt_iters", "last_stride", "output_stride", "pool_kwargs")
 """Arguments that a network with more blocks takes over from one of ours."""
 
+IMAGENET: dict[str, Any] = dict(
+    input_size=(3, 224, 224),
+    interpolation="bilinear",
+    crop_pct=0.875,
+    mean=IMAGENET_DEFAULT_MEAN,
+    std=IMAGENET_DEFAULT_STD,
+)
+"""How all the released code bases prepare ImageNet's images."""
+
+NO_NAME = (
+    "model_name=None with source='timm', checkpoint={checkpoint!r}; accepted: one of our networks, gsop_resnet50_net1 "
+    "for one; or as checkpoint one of our networks that has pretrained weights, a folder of one, or a file of "
+    "train.py's with its args.yaml beside it."
+)
+
 _logger = logging.getLogger(__name__)
 
 
-class Base(NamedTuple):
+class _Code(NamedTuple):
+    """Code that others released, which made a checkpoint."""
+
+    description: str
+    repository: str
+    license: str | None = None
+
+
+RELEASED = {
+    "gsop": _Code(
+        "the code that the authors of GSoP-Net released",
+        "https://github.com/ZilinGao/Global-Second-order-Pooling-Convolutional-Networks",
+    ),
+    "fast-mpn-cov": _Code("fast MPN-COV (iSQRT-COV)", "https://github.com/jiangtaoxie/fast-MPN-COV"),
+    "gcp": _Code("GCP_Optimization (iSQRT-COV)", "https://github.com/ZhangLi-CS/GCP_Optimization", NO_LICENSE),
+    "dropcov": _Code(
+        "DropCov (covariance pooling without a square root)", "https://github.com/mingzeG/DropCov", NO_LICENSE
+    ),
+    "moment-probing": _Code("moment probing", "https://github.com/mingzeG/Moment-Probing", NO_LICENSE),
+}
+
+
+class SourceCheckpoint(NamedTuple):
     """Weights, and what is known of them.
 
     Attributes:
@@ -69,6 +113,17 @@ class Base(NamedTuple):
     def is_ours(self) -> bool:
         """Whether their network is one of this package."""
         return self.architecture is not None and is_ours(self.architecture)
+
+    def name_for(self, model_name: str | None) -> str:
+        """Registered name of the network to make: the one that is wanted, or else their own."""
+        name = model_name or (self.architecture if self.is_ours else None)
+        if name is None:
+            raise ValueError(NO_NAME.format(checkpoint=self.name))
+        if not is_ours(name):
+            raise ValueError(
+                f"model_name={name!r} is none of timm-gsop's; accepted: its networks, such as gsop_resnet50_net1."
+            )
+        return name
 
     def arguments_for(self, model_name: str) -> dict[str, Any]:
         """Arguments of a network for these weights: those of their own, and what shows in their shapes."""
@@ -130,15 +185,20 @@ class Base(NamedTuple):
         )
 
 
-def find_base(checkpoint: str) -> Base:
-    """Read weights that timm saved, or has.
+def find_checkpoint(source: str, checkpoint: str, model_name: str | None, given: dict[str, Any]) -> SourceCheckpoint:
+    """Read weights.
 
     Args:
-        checkpoint: A file, a folder, or the name of a model.
+        source: What made them, one of ``SOURCES``.
+        checkpoint: A file; from timm, also a folder, or the name of a model.
+        model_name: The network that is wanted; None for the checkpoint's own.
+        given: Arguments of the network, besides what the checkpoint shows.
 
     Raises:
         ValueError: If it is none of these, or cannot be read.
     """
+    if source != "timm":
+        return _from_released(source, Path(checkpoint), model_name, given)
     if Path(checkpoint).is_dir():
         return _from_folder(Path(checkpoint))
     if Path(checkpoint).is_file():
@@ -148,7 +208,41 @@ def find_base(checkpoint: str) -> Base:
     raise ValueError(f"checkpoint={checkpoint!r} is neither a file nor a model of timm.")
 
 
-def _from_name(name: str) -> Base:
+def _from_released(source: str, path: Path, model_name: str | None, given: dict[str, Any]) -> SourceCheckpoint:
+    """A checkpoint of the released code bases. Names of ResNets with covariance pooling stay: their filter renames."""
+    weights = read_checkpoint(path)
+    if source == "gsop":
+        released = from_gsop(weights, given.get("gsop_type"))
+    elif source == "moment-probing":
+        released = from_moment_probing(weights, given.get("backbone"))
+    else:
+        released = from_covariance_pooling(weights, dropcov=source == "dropcov")
+    name = model_name or released.model_name
+    cfgs = default_cfgs[name].cfgs.values() if name in default_cfgs and not given else ()
+    cfg = next((cfg for cfg in cfgs if is_origin(path, cfg.url)), None)
+    code = RELEASED[source]
+    return SourceCheckpoint(
+        str(path),
+        released.weights,
+        released.model_name,
+        released.model_kwargs,
+        data_config=_of_backbone(released.model_kwargs["backbone"]) if source == "moment-probing" else IMAGENET,
+        description=f"a checkpoint of {code.description}, {path.name}",
+        license=code.license,
+        origin_url=code.repository,
+        provenance=cfg,
+        same_arguments=True,
+        assumed=released.assumed,
+    )
+
+
+def _of_backbone(name: str) -> dict[str, Any]:
+    """Preprocessing of timm's own weights for a backbone, from which moment probing starts."""
+    cfg = get_arch_pretrained_cfgs(name).get(f"{name}.augreg_in21k") or get_pretrained_cfg(name)
+    return {key: getattr(cfg, key) for key in IMAGENET}
+
+
+def _from_name(name: str) -> SourceCheckpoint:
     cfg = get_pretrained_cfg(name)
     model = timm.create_model(name, **({"pretrained": True} if is_ours(name) else backbone_loading(name, {})))
     if not isinstance(model, ResNet | DenseNet | InceptionV3):
@@ -156,7 +250,7 @@ def _from_name(name: str) -> Base:
             f"checkpoint={name!r} is no ResNet, DenseNet or Inception-v3; accepted: those of timm and timm-gsop."
         )
     whole_name = f"{cfg.architecture}.{cfg.tag}"
-    return Base(
+    return SourceCheckpoint(
         whole_name,
         model.state_dict(),
         cfg.architecture,
@@ -168,7 +262,7 @@ def _from_name(name: str) -> Base:
     )
 
 
-def _from_folder(folder: Path) -> Base:
+def _from_folder(folder: Path) -> SourceCheckpoint:
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # safetensors', PyTorch's, timm's: each means that the folder is no model
@@ -181,7 +275,7 @@ def _from_folder(folder: Path) -> Base:
     labels = {key: cfg[key] for key in ("label_names", "label_descriptions") if cfg.get(key)}
     provenance = json.loads((folder / "config.json").read_text()).get("provenance") or {}
     text = str(provenance.get("description") or "").removeprefix("Built upon ").removesuffix(".")
-    return Base(
+    return SourceCheckpoint(
         str(folder),
         model.state_dict(),
         cfg["architecture"],
@@ -196,16 +290,16 @@ def _from_folder(folder: Path) -> Base:
     )
 
 
-def _from_file(path: Path) -> Base:
+def _from_file(path: Path) -> SourceCheckpoint:
     weights = read_checkpoint(path)
     args = _read_args(path.with_name("args.yaml"))
     model = _model_of_training(args)
     if model is None:
-        return Base(str(path), weights, description=f"the weights in {path.name}")
+        return SourceCheckpoint(str(path), weights, description=f"the weights in {path.name}")
     name = model.pretrained_cfg["architecture"]
     given = {key: args[key] for key in PREPROCESSING if args.get(key) is not None}
     classifier = weights.get(f"{model.pretrained_cfg['classifier']}.weight")
-    return Base(
+    return SourceCheckpoint(
         str(path),
         weights,
         name,

@@ -1,18 +1,21 @@
-"""The square root of a feature map's covariance; on small maps, without computing that covariance."""
+"""The square root of a covariance from the features; on small maps by way of their Gram matrix, which is smaller."""
 
 import warnings
-from typing import Any
 
 import torch
 from torch.torch_version import TorchVersion
 
 from timm_gsop.checks import check_features, check_positive_int
-from timm_gsop.layers.bilinear_pool import bilinear_pool
-from timm_gsop.layers.covariance import centre, covariance_pool
-from timm_gsop.layers.gradients import evaluate, without_autocast
+from timm_gsop.layers.covariance import (
+    bilinear_pool,
+    centre,
+    centre_weighted,
+    covariance_pool,
+    normalize_weights,
+    quadratic_form,
+)
 from timm_gsop.layers.leading_dims import flatten_positions, leading_dims_of_features, with_leading_dims
 from timm_gsop.layers.matrix_sqrt import inverse_sqrt_of_trace_one, largest_zero, newton_schulz_sqrt
-from timm_gsop.layers.weighted import centre_weighted, normalize_weights
 
 __all__ = ["covariance_sqrt"]
 
@@ -105,37 +108,5 @@ def _sqrt_from_gram(centred: torch.Tensor, divisor: int, num_iters: int) -> torc
     # bilinear_pool makes of them, which divides by C, has trace one.
     channels = centred.shape[1]
     centred = centred * ((channels / divisor) ** 0.5 / norm)
-    root = _between(centred, inverse_sqrt_of_trace_one(bilinear_pool(centred.transpose(1, 2)), num_iters))
+    root = quadratic_form(centred, inverse_sqrt_of_trace_one(bilinear_pool(centred.transpose(1, 2)), num_iters))
     return root * (norm / channels)
-
-
-def _between(x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
-    """X S Xᵀ for symmetric S, (B, C, M) and (B, M, M) to (B, C, C)."""
-    if torch.jit.is_scripting():
-        return _product(x, inner)
-    return evaluate(_Product, _product, x, inner)
-
-
-def _product(x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
-    return torch.bmm(torch.bmm(x, inner), x.transpose(1, 2))
-
-
-class _Product(torch.autograd.Function):
-    """With a gradient of its own, which autocast does not reach."""
-
-    generate_vmap_rule = True  # for torch.func
-
-    @staticmethod
-    def forward(x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
-        return _product(x, inner)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @without_autocast
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, inner = ctx.saved_tensors
-        half = torch.bmm(grad + grad.transpose(1, 2), x)
-        return torch.bmm(half, inner), 0.5 * torch.bmm(x.transpose(1, 2), half)
