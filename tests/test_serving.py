@@ -35,7 +35,10 @@ NETWORKS = {
     "net1": ("gsop_preresnet20_net1.fashion_mnist", dict(pretrained=True)),
     "net2": ("gsop_preresnet20_net2.fashion_mnist", dict(pretrained=True)),
     "second_order": ("second_order", dict(backbone="test_resnet", num_classes=10, isqrt_dim=24)),
-    "low rank": ("second_order", dict(backbone="test_vit", img_size=28, num_classes=10, pool_kwargs=dict(rank=4))),
+    "low rank": (
+        "second_order",
+        dict(backbone="test_vit", img_size=28, patch_size=7, num_classes=10, pool_kwargs=dict(rank=4)),
+    ),
 }
 FEW = ("net2", "second_order")
 
