@@ -1,6 +1,7 @@
 """Tables and pictures of what benchmarks/results keeps: python docs/measured.py, from the repository's root.
 
-Writes the tables of docs/performance.md, results.md and backbones.md, and draws growth.png and sqrt_accuracy.png.
+Writes the tables of docs/performance.md, results.md, backbones.md and deploy.md. Draws growth.png and
+sqrt_accuracy.png.
 """
 
 import argparse
@@ -130,6 +131,59 @@ def heads_tables(result: Mapping[str, Any]) -> tuple[str, str]:
     )
 
 
+def proportion_table(result: Mapping[str, Any]) -> str:
+    """Heads and widths by backbone: sizes, and time relative to timm's own network, of which it is in ms."""
+    lines = []
+    for row in result["rows"]:
+        for name, size in row["sizes"].items():
+            params = size["params"]
+            megabytes = 4 * params["1000"] / 1e6
+            figures = [f"{size['features']}", *(f"{params[n] / 1e6:.2f}" for n in ("10", "1000")), f"{megabytes:.1f}"]
+            for way in ("eager", "onnxruntime", "openvino"):
+                timing = row["alternatives"][way].get(name)
+                is_first = name == next(iter(row["sizes"]))
+                time = f"{milliseconds(timing['seconds'])} ms" if is_first else timing and f"{timing['ratio']:.2f}×"
+                figures.append(time or "wrong")
+            lines.append([f"`{row['backbone']}`", name, *figures])
+    sizes = ["features", "parameters (M), 10 classes", "1 000 classes", "MB, 1 000 classes"]
+    return table(["backbone", "head", *sizes, "eager", "ONNX Runtime", "OpenVINO"], lines)
+
+
+def runtimes_table(result: Mapping[str, Any]) -> str:
+    """Runtimes: time of the first network of a family, of the others relative to it, and their accuracy."""
+    lines = []
+    for row in result["rows"]:
+        first, *others = row["alternatives"].items()
+        ratios = [f"{timing['ratio']:.2f}×" for _, timing in others]
+        found = row["accuracy"].values()
+        accuracy = [" / ".join(f"{each[key]:.1f}" for each in found) or "–" for key in ("top1", "same")]
+        time = f"{1e3 * first[1]['seconds'] / row['batch']:.2f}"
+        lines.append([f"`{row['family']}`", row["way"], f"{row['batch']}", time, " / ".join(ratios), *accuracy])
+    columns = ["without blocks", "runtime", "batch", "ms an image", "Net1 / Net2, time", "top-1 (%)"]
+    return table([*columns, "answers as PyTorch's (%)"], lines)
+
+
+def requests_table(result: Mapping[str, Any]) -> str:
+    """What a server meets, by network and runtime."""
+    lines = []
+    for row in result["rows"]:
+        start, _, half, end = row["memory"].values()
+        growth = f"{half - start:+.0f}, then {end - half:+.0f}"
+        what = [row["nan"], *(row[key].partition(":")[0] for key in ("uint8", "without_batch"))]
+        lines.append([f"`{row['network']}`", row["way"], f"{row['invariance']:.0e}", growth, *what])
+    columns = ["network", "runtime", "alone and in a batch", "memory (MB), first half of the requests and second half"]
+    return table([*columns, "an image with a NaN", "uint8", "an image without its batch"], lines)
+
+
+def about_serving(*results: Mapping[str, Any]) -> str:
+    """The machine, and how busy it was."""
+    machine = results[0]["machine"]
+    runtimes = f"ONNX Runtime {machine['onnxruntime']}, OpenVINO {machine['openvino']}"
+    device = f"{machine['device']}, 1 thread, {machine['capability']}"
+    load = f"load average {min(r['load'] for r in results):.1f} to {max(r['load'] for r in results):.1f}"
+    return f"{device}; {versions(machine)}, {runtimes}; {load}."
+
+
 def about(result: Mapping[str, Any]) -> str:
     """The machine."""
     machine = result["machine"]
@@ -208,11 +262,18 @@ def contents() -> dict[str, dict[str, str]]:
         "networks' machine, GPU": about(gpu),
     }
     heads = load("performance/heads")
+    proportion, runtimes, requests = (load(f"serving/{part}") for part in ("proportion", "runtimes", "requests"))
     return {
         "docs/performance.md": performance,
         "docs/results.md": {**probe_tables(), **cifar10_tables(), "fashion_mnist": fashion_mnist_table()},
         "docs/backbones.md": dict(zip(("heads", "heads' cost"), heads_tables(heads), strict=True))
-        | {"heads' machine": about(heads)},
+        | {"heads' machine": about(heads)}
+        | {"proportion": proportion_table(proportion), "proportion's machine": about_serving(proportion)},
+        "docs/deploy.md": {
+            "runtimes": runtimes_table(runtimes),
+            "requests": requests_table(requests),
+            "serving's machine": about_serving(runtimes, requests),
+        },
     }
 
 

@@ -24,12 +24,11 @@ def _scaling(gsop_type: str, flavor: str) -> Callable[..., nn.Module]:
     return lambda **dd: create_gsop(gsop_type, CHANNELS, cov_dim=8, spatial_size=side, flavor=flavor, **dd)
 
 
-def _head(pool_type: str, **kwargs) -> nn.Module:
+def _head(pool_type: str, rank: int | None = None, **kwargs) -> nn.Module:
     small = dict(isqrt_dim=8, compact_bilinear_dim=64)
     shared = {name: small[name] for name in accepted_arguments(pool_type) if name in small}
-    return create_second_order_pool(
-        pool_type, CHANNELS, **{**shared, **kwargs}, pool_kwargs=SMALL_OPTIONS.get(pool_type)
-    )
+    options = {**SMALL_OPTIONS.get(pool_type, {}), "rank": rank}
+    return create_second_order_pool(pool_type, CHANNELS, **{**shared, **kwargs}, pool_kwargs=options)
 
 
 SMALL_OPTIONS = {"svpn": dict(num_heads=2, head_dim=5, drop=0.0), "moment": dict(hidden_dim=28)}
@@ -47,6 +46,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
 HEADS: dict[str, Callable[..., nn.Module]] = {
     **{pool_type: partial(_head, pool_type) for pool_type in SECOND_ORDER_POOLS},
     "isqrt of few positions": partial(_head, "isqrt", isqrt_dim=128),
+    "isqrt of low rank": partial(_head, "isqrt", rank=5),
     "isqrt official": partial(_head, "isqrt", flavor="official"),
 }
 LAYERS = {**SCALING_LAYERS, **BLOCKS, **HEADS}

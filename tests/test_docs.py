@@ -90,7 +90,7 @@ def test_python_examples_run_as_pasted(page, tmp_path):
         text.replace("pretrained=True", "pretrained=False") if "network" in info else text
         for info, text in fences(page, "python")
     ]
-    if page.name == "export.md" and BEFORE_TORCH_2_6:
+    if page.name == "deploy.md" and BEFORE_TORCH_2_6:
         pytest.skip("PyTorch's exporters are older than these ways to ask")
     code = "\n".join(blocks)
     if any(info == "python pictures" for info, _ in fences(page, "python")):

@@ -1,5 +1,7 @@
 """Leaving Python: ONNX, OpenVINO, int8. Each agrees with the network. tests/test_tracing.py has PyTorch's own graphs."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import timm
@@ -10,6 +12,7 @@ from tests import networks
 from tests.layers import BLOCKS, CHANNELS, HEADS, SCALING_LAYERS
 from tests.test_modes import Layers
 from tests.versions import skip_before_torch_2_6
+from timm_gsop import ChannelGsop, GsopBlock, IsqrtCovPool2d
 
 pytestmark = skip_before_torch_2_6(reason="PyTorch's exporters are older than these ways to ask")
 
@@ -51,6 +54,47 @@ def test_onnx(name, tmp_path):
             assert_same(torch.from_numpy(logits), model(x))
 
 
+PIECES = {
+    "head, many positions": lambda: IsqrtCovPool2d(16, 64),
+    "head, few positions": lambda: IsqrtCovPool2d(16, 128),
+    "block": lambda: GsopBlock(ChannelGsop(16, 64)),
+}
+NO_ARITHMETIC = {"Cast", "Equal", "Expand", "Gather", "LessOrEqual", "Range", "Shape", "Slice", "Squeeze", "Where"}
+
+
+@pytest.mark.parametrize("free_batch", [False, True])
+@pytest.mark.parametrize("piece", PIECES)
+def test_onnx_has_arithmetic_alone(piece, free_batch, tmp_path):
+    """But for the triangle's indices; the normalization after a convolution is folded. NaN stays NaN.
+
+    Maps are of 7×7. Of 128 channels the iteration runs on 49×49 matrices.
+    """
+    import onnxruntime
+
+    module = PIECES[piece]()
+    x = torch.randn(4, 16, 7, 7)
+    module.train()(x)  # statistics that are not zero and one
+    module.eval()
+    x[1:] = 0.0
+    x[2, 3, 4, 5] = float("nan")
+    shapes = dict(dynamic_shapes=({0: torch.export.Dim("batch")},)) if free_batch else {}
+    program = torch.onnx.export(module, (x,), dynamo=True, verbose=False, **shapes)
+    nodes = Counter(node.op_type for node in program.model_proto.graph.node)
+    assert {name for name in nodes if name in NO_ARITHMETIC} == (set() if piece == "block" else {"Gather"})
+    assert nodes["BatchNormalization"] == (1 if piece == "block" else 0)  # that of the covariance
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": x.numpy()})
+    with torch.no_grad():
+        expected = module(x)
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert expected[2].isnan().any()
+    assert expected[[0, 1, 3]].isfinite().all()
+    if piece != "block":
+        assert np.abs(found[[1, 3]]).max() < 1e-6 * np.abs(found[0]).max()  # constant maps
+        assert nodes["MatMul"] == {"head, many positions": 11, "head, few positions": 13}[piece]  # the steps have ten
+
+
 NOT_CONVERTED = ("mpn", "compact_bilinear")
 CONVERTED = [name for name in (*SCALING_LAYERS, *BLOCKS, *HEADS) if name not in NOT_CONVERTED]
 
@@ -64,7 +108,7 @@ def openvino_cases() -> list:
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this PyTorch does not say that it exports")
 @pytest.mark.parametrize(("what", "strict"), openvino_cases())
 def test_openvino_converts_what_was_exported(what, strict):
-    """Any batch. docs/export.md has what it cannot convert."""
+    """Any batch. docs/deploy.md has what it cannot convert."""
     openvino = pytest.importorskip("openvino")
     batch_dim = 0
     if what == "layers":

@@ -125,6 +125,10 @@ def test_a_new_head_is_everywhere_once_it_is_registered(new_head, tmp_path):
         ({"pool_type": "avg"}, "pool_type='avg' is not accepted; it is the name of timm's"),
         ({"shared": {"cov_dim": "dim"}}, "Head.shared='cov_dim' is not accepted; accepted: 'isqrt_dim'"),
         ({"shared": {}, "__init__": lambda self, in_features, dim: None}, "Head has no default for dim"),
+        (
+            {"shared": {}, "__init__": lambda self, in_features, rank=1: None},
+            "Head has an option rank, which every head",
+        ),
     ],
 )
 def test_a_head_that_says_too_little_is_not_registered(attributes, message):
@@ -142,7 +146,8 @@ def test_the_official_flavor_has_its_own_pool():
     ("pool_type", "pool_kwargs", "message"),
     [
         ("svpn", {"heads": 2}, "heads=2, which is no option of global_pool='svpn'; accepted: 'num_heads', 'head_dim'"),
-        ("mpn", {"dim": 8}, "dim=8, .*accepted: none, because it has no options.* Its dim is set by isqrt_dim"),
+        ("mpn", {"dim": 8}, "dim=8, .*accepted: 'rank'.* Its dim is set by isqrt_dim"),
+        ("cov", {"rank": 0}, "out_features=0 .*integer >= 1"),
         ("avg", {"num_heads": 2}, "no option of global_pool='avg'; accepted: none"),
         ("svpn", "num_heads=2", "pool_kwargs='num_heads=2' .*must be a dictionary, or None"),
         ("svpn", {"num_heads": 0}, "num_heads=0 .*integer >= 1"),
@@ -177,6 +182,82 @@ def test_in_a_network(name, pool_type, tmp_path):
     card = model_card(check_hub_folder(tmp_path / "folder"), "me/birds")
     assert f"**Head**: `{pool_type}`" in card
     assert all(f"{key}={value!r}" in card for key, value in OPTIONS.get(pool_type, {}).items())
+
+
+@every_pool
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_low_rank_classifier(name, pool_type, tmp_path):
+    """The classifier's matrix is a product of two, which a step reaches. It is saved and loaded to the bit.
+
+    Another number of classes keeps the projection, another pool does not.
+    """
+    options = {**OPTIONS.get(pool_type, {}), "rank": 3}
+    model = create(name, pool_type, pool_kwargs=options).train()
+    x = image(name)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    projection = model.global_pool.projection
+    assert (projection.out_features, model.head_hidden_size, model.fc.in_features) == (3, 3, 3)
+    vectors = []
+    projection.register_forward_pre_hook(lambda _, args: vectors.append(args[0]))
+    logits = model.eval()(x)
+    low_rank = model.fc.weight @ projection.weight  # of the features of the head alone
+    torch.testing.assert_close(logits, vectors[0] @ low_rank.T + model.fc.bias)
+    assert projection.in_features == create(name, pool_type).head_hidden_size
+    save_hub_folder(model, tmp_path / "folder")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    torch.testing.assert_close(loaded(x), logits, rtol=0, atol=0)
+    assert f"**Head**: `{pool_type}`" in (card := model_card(check_hub_folder(tmp_path / "folder"), "me/birds"))
+    assert "rank=3" in card
+    fewer = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True, num_classes=2)
+    torch.testing.assert_close(fewer.global_pool.state_dict(), model.global_pool.state_dict(), rtol=0, atol=0)
+    model.reset_classifier(2)
+    assert model.global_pool.projection is projection
+    model.reset_classifier(2, "cov" if pool_type == "isqrt" else "isqrt")
+    assert model.fc.in_features == 21  # 6 · 7 / 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.parametrize("pool_type", ["isqrt", "svpn"])
+def test_a_low_rank_classifier_is_scripted_and_initialized(pool_type):
+    """With a token or without; lengths are kept on average."""
+    pool = create_second_order_pool(
+        pool_type, 48, pool_kwargs={"rank": 512}, **({"isqrt_dim": 8} if pool_type == "isqrt" else {})
+    ).eval()
+    x, token = torch.randn(2, 48, 5, 4), torch.randn(2, 48)
+    args = (x, token) if pool.takes_token else (x,)
+    torch.testing.assert_close(torch.jit.script(pool)(*args), pool(*args))
+    ratio = pool(*args).norm(dim=1) / pool.head(*args).norm(dim=1)
+    torch.testing.assert_close(ratio, torch.ones(2), rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        (dict(isqrt_dim=64), "isqrt_dim=16 has fewer"),
+        (dict(global_pool="compact_bilinear"), "compact_bilinear_dim=256 has fewer"),
+        (dict(isqrt_dim=16), None),
+        (dict(isqrt_dim=64, num_classes=0), None),
+        (dict(global_pool="avg"), None),
+    ],
+)
+def test_a_head_that_is_larger_than_its_backbone_is_said(kwargs, expected, caplog):
+    """With the width that has fewer parameters."""
+    caplog.set_level("INFO", logger="timm_gsop.models.global_pool")
+    model = timm.create_model("second_order", backbone="test_resnet", **{"num_classes": 1000, **kwargs})
+    lines = [record.message for record in caplog.records if "parameters" in record.message]
+    assert len(lines) == (expected is not None)
+    if expected is not None:
+        assert expected in lines[0]
+        name, _, width = expected.partition(" ")[0].partition("=")
+        sizes = []
+        for factor in (1, 2):
+            small = timm.create_model(
+                "second_order", backbone="test_resnet", **{"num_classes": 1000, **kwargs, name: factor * int(width)}
+            )
+            sizes.append(sum(p.numel() for part in (small.global_pool, small.fc) for p in part.parameters()))
+        backbone = sum(p.numel() for p in model.backbone.parameters())
+        assert sizes[0] <= backbone < sizes[1]
 
 
 def test_options_go_with_their_pool(tmp_path):

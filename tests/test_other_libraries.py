@@ -78,7 +78,7 @@ def test_weight_only_int8(name):
 
 @pytest.mark.parametrize("name", ["net1", "net2", "position", "concat", "resnext", "preresnet", "densenet"])
 def test_structured_pruning(name):
-    """With the layers that docs/export.md lists as kept: what is left runs, trains and is smaller."""
+    """With the layers that docs/deploy.md lists as kept: what is left runs, trains and is smaller."""
     pruning = pytest.importorskip("torch_pruning")
     model, x = create(name).eval(), images()
     by_position = name in ("position", "concat")

@@ -134,7 +134,7 @@ def _head(model: Any) -> str | None:
     if not isinstance(pool, SecondOrderPool2d):
         return None
     options = ", ".join(f"{name}={value!r}" for name, value in (model.pool_kwargs or {}).items())
-    what = (inspect.getdoc(type(pool)) or "").splitlines()[0]
+    what = (inspect.getdoc(type(getattr(pool, "head", pool))) or "").splitlines()[0]
     return f"`{pool.pool_type}`{f' ({options})' if options else ''}: {what} {pool.out_features} features"
 
 

@@ -40,6 +40,7 @@ from timm_gsop.layers.official import (
     OfficialIsqrtCovPool2d,
     OfficialPositionGsop,
 )
+from timm_gsop.layers.projected_pool import ProjectedPool2d
 from timm_gsop.layers.second_order_pool import SECOND_ORDER_POOLS, SecondOrderPool2d, register_pool
 from timm_gsop.layers.triangle import triu_unvectorize, triu_vectorize
 
@@ -66,6 +67,7 @@ __all__ = [
     "OfficialIsqrtCovPool2d",
     "OfficialPositionGsop",
     "PositionGsop",
+    "ProjectedPool2d",
     "SecondOrderPool2d",
     "SvpnPool2d",
     "accepted_arguments",

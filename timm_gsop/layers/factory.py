@@ -25,6 +25,7 @@ from timm_gsop.layers.official import (
     OfficialIsqrtCovPool2d,
     OfficialPositionGsop,
 )
+from timm_gsop.layers.projected_pool import ProjectedPool2d
 from timm_gsop.layers.second_order_pool import SECOND_ORDER_POOLS, SHARED, SecondOrderPool2d
 
 __all__ = [
@@ -108,6 +109,10 @@ def create_gsop(
     return FusedGsop(channels, gsop_type, cov_dim, spatial_size, **dd)
 
 
+FOR_EVERY_POOL: dict[str, Any] = dict(rank=None)
+"""What ``pool_kwargs`` may have besides the options of a pool's own, and the defaults."""
+
+
 class PoolCost(NamedTuple):
     """What a pool costs.
 
@@ -149,7 +154,7 @@ def check_second_order_pool(isqrt_dim: int, isqrt_iters: int | None, compact_bil
 
 
 def check_pool_kwargs(pool_type: str, pool_kwargs: Mapping[str, Any] | None) -> None:
-    """Raise ``ValueError`` unless ``pool_kwargs`` is None, or has nothing but options of a pool's own.
+    """Raise ``ValueError`` unless ``pool_kwargs`` is None, or has nothing but options of a pool's own, or ``"rank"``.
 
     Args:
         pool_type: Any global pooling; only those in ``SECOND_ORDER_POOLS`` have options.
@@ -158,7 +163,7 @@ def check_pool_kwargs(pool_type: str, pool_kwargs: Mapping[str, Any] | None) -> 
     if pool_kwargs is None:
         return
     pool_class = SECOND_ORDER_POOLS.get(pool_type)
-    options = pool_class.options() if pool_class else {}
+    options = {**pool_class.options(), **FOR_EVERY_POOL} if pool_class else {}
     accepted = ", ".join(map(repr, options)) or "none, because it has no options"
     if not isinstance(pool_kwargs, Mapping):
         raise ValueError(f"pool_kwargs={pool_kwargs!r} is not accepted; it must be a dictionary, or None.")
@@ -193,7 +198,8 @@ def create_second_order_pool(
         isqrt_iters: Newton–Schulz iterations in ``"isqrt"``; None for the flavor's own.
         compact_bilinear_dim: Features of ``"compact_bilinear"``.
         flavor: Of ``"isqrt"``: ``"paper"`` or ``"official"``.
-        pool_kwargs: Options of the pool's own, ``{"num_heads": 6}`` of ``"svpn"`` for one.
+        pool_kwargs: Options of the pool's own, ``{"num_heads": 6}`` of ``"svpn"`` for one. With ``"rank"``, which every
+            pool has, a projection to so many features follows (:class:`ProjectedPool2d`).
         device: Device of the weights.
         dtype: Precision of the weights.
 
@@ -220,7 +226,10 @@ def create_second_order_pool(
             )
     pool_class: Any = OFFICIAL[pool_type] if flavor == "official" else SECOND_ORDER_POOLS[pool_type]
     options = {own: given[name] for name, own in pool_class.shared.items() if given[name] is not None}
-    return pool_class(in_features, **options, **(pool_kwargs or {}), device=device, dtype=dtype)
+    own = {**FOR_EVERY_POOL, **(pool_kwargs or {})}
+    rank = own.pop("rank")
+    pool: SecondOrderPool2d = pool_class(in_features, **options, **own, device=device, dtype=dtype)
+    return pool if rank is None else ProjectedPool2d(pool, rank, device=device, dtype=dtype)
 
 
 def pool_cost(pool: SecondOrderPool2d, height: int, width: int) -> PoolCost:

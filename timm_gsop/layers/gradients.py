@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
+from timm_gsop.layers.exporting import makes_graph
+
 __all__ = [
     "at_least_float32",
     "autocast_disabled",
@@ -47,8 +49,9 @@ def _has_autocast(device_type: str) -> bool:
 def evaluate(function: type[Function], plain: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any) -> torch.Tensor:
     """Evaluate a function that has a hand-written gradient, with autocast disabled.
 
-    Without gradients, and under ``torch.jit.trace``, it is made of plain operations: a trace would record an
-    ``autograd.Function`` as a call into Python, which can neither be saved nor counted by FLOP counters.
+    Without gradients, and in graphs, it is made of plain operations. A trace would record an ``autograd.Function`` as a
+    call into Python, which can neither be saved nor counted by FLOP counters. ``torch.export`` would keep no more of
+    it than its forward pass.
 
     Args:
         function: The function with its gradient. The first of its outputs counts, if it has several.
@@ -61,7 +64,7 @@ def evaluate(function: type[Function], plain: Callable[..., torch.Tensor], x: to
     """
     with autocast_disabled(x.device):
         needs_gradient = any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in (x, *args))
-        if torch.jit.is_tracing() or not (torch.is_grad_enabled() and needs_gradient):
+        if makes_graph() or not (torch.is_grad_enabled() and needs_gradient):
             return plain(x, *args)
         output = function.apply(x, *args)
         return output[0] if isinstance(output, tuple) else output

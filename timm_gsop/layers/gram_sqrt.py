@@ -15,7 +15,7 @@ from timm_gsop.layers.covariance import (
     quadratic_form,
 )
 from timm_gsop.layers.leading_dims import flatten_positions, leading_dims_of_features, with_leading_dims
-from timm_gsop.layers.matrix_sqrt import counts_as_zero, newton_schulz_inverse_sqrt, newton_schulz_sqrt
+from timm_gsop.layers.matrix_sqrt import inverse_sqrt_of_trace_one, largest_zero, newton_schulz_sqrt
 
 __all__ = ["covariance_sqrt"]
 
@@ -102,11 +102,11 @@ def _sqrt_from_gram(centred: torch.Tensor, divisor: int, num_iters: int) -> torc
     """Root of what the centred features, times their transpose, give divided by a number."""
     # Times, not divided by: OpenVINO takes a sum that is divided for a mean, by whatever it is divided.
     trace = (centred * centred).sum(dim=(1, 2), keepdim=True) * (1 / divisor)
-    is_zero = counts_as_zero(trace)
-    # Divided by it first: the inverse root of a tiny matrix, or its gradient, would leave float32's range.
-    norm = torch.where(is_zero, torch.ones_like(trace), trace).sqrt()
-    centred = centred / norm
-    root = quadratic_form(centred, newton_schulz_inverse_sqrt(bilinear_pool(centred.transpose(1, 2)), num_iters))
-    # The covariance is divided by M, and bilinear_pool divides by C.
-    scale = norm / (centred.shape[1] * divisor) ** 0.5
-    return root * torch.where(is_zero, torch.zeros_like(scale), scale)
+    # Guards 0/0: constant features are zero, and so is their root, whatever they are divided by.
+    norm = trace.clamp_min(largest_zero(trace)).sqrt()
+    # Divided by it first: the inverse root of a tiny matrix, or its gradient, would leave float32's range. What
+    # bilinear_pool makes of them, which divides by C, has trace one.
+    channels = centred.shape[1]
+    centred = centred * ((channels / divisor) ** 0.5 / norm)
+    root = quadratic_form(centred, inverse_sqrt_of_trace_one(bilinear_pool(centred.transpose(1, 2)), num_iters))
+    return root * (norm / channels)

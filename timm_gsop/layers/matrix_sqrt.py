@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from timm_gsop.checks import check_nonnegative, check_positive, check_positive_int, check_real_matrices
 from timm_gsop.layers import kernels
-from timm_gsop.layers.exporting import is_exporting
+from timm_gsop.layers.exporting import is_exporting, makes_graph
 from timm_gsop.layers.gradients import at_least_float32, evaluate, without_autocast
 from timm_gsop.layers.leading_dims import as_batch, with_leading_dims
 
@@ -83,64 +84,83 @@ def _root(cov: torch.Tensor, num_iters: int, inverse: bool) -> torch.Tensor:
 
 
 def _newton_schulz(cov: torch.Tensor, num_iters: int, inverse: bool) -> torch.Tensor:
-    """Two steps at a time: ten products for five steps, where one at a time takes twelve."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
+        if makes_graph() and not inverse:
+            # The root of a zero matrix is zero whatever it is divided by: a graph needs no choice for it.
+            trace = _trace(cov).clamp_min(largest_zero(cov))
+            return iterate(_plus_transpose(cov) * (0.5 / trace), num_iters, inverse) * trace.sqrt()
     a, trace, is_zero = _normalize(cov)
+    return iterate(a, num_iters, inverse) * _scale(trace, is_zero, inverse)
+
+
+def iterate(a: torch.Tensor, num_iters: int, inverse: bool) -> torch.Tensor:
+    """Y_N, or for an inverse root Z_N, of a symmetric matrix with trace one, or zero.
+
+    Two steps at a time: ten products for five steps, where one at a time takes twelve.
+    """
+    eye = _eye(a, 1.5)
     y, z, p = a, a, a  # Z_0 = I, which saves two products
     for k in range(0, num_iters - 1, 2):
         if k > 0:
             p = torch.bmm(z, y)
-        factor = _two_factors(p)
+        factor = _two_factors(p, eye)
         is_last = k >= num_iters - 2  # then one of Y and Z is not needed
         if not (inverse and is_last):
             y = torch.bmm(y, factor)
         if inverse or not is_last:
             z = torch.bmm(factor, z) if k > 0 else factor
     if num_iters == 1:
-        z = _first_factor(a)
+        z = _first_factor(a, eye)
         y = z if inverse else torch.bmm(a, z)
     elif num_iters % 2 == 1:
-        y = torch.bmm(_factor(z, y), z) if inverse else torch.bmm(y, _factor(z, y))
+        y = torch.bmm(_factor(z, y, eye), z) if inverse else torch.bmm(y, _factor(z, y, eye))
     elif inverse:
         y = z
-    return y * _scale(trace, is_zero, inverse)
+    return y
 
 
-def counts_as_zero(trace: torch.Tensor) -> torch.Tensor:
-    """Where a covariance is zero (a constant map), by its trace. NaN is not zero, and passes through."""
-    # Guards 0/0 only, far below every real trace.
-    return trace <= (1e-30 if trace.dtype == torch.float32 else 1e-300)
+def inverse_sqrt_of_trace_one(mat: torch.Tensor, num_iters: int) -> torch.Tensor:
+    """Inverse root of symmetric matrices (B, C, C) with trace one; that of zero is finite."""
+    if torch.jit.is_scripting():  # knows neither autocast nor our gradient
+        return iterate(mat, num_iters, True)
+    return evaluate(_NewtonSchulz, iterate, mat, int(num_iters), True)
+
+
+def largest_zero(trace: torch.Tensor) -> float:
+    """The largest trace that counts as zero (a constant map's). It guards 0/0 only, far below every real trace."""
+    return 1e-30 if trace.dtype == torch.float32 else 1e-300
 
 
 def _normalize(cov: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The symmetric part of ``cov`` with trace one, its trace before, and whether that was zero (then taken as one)."""
     trace = _trace(cov)
-    is_zero = counts_as_zero(trace)
-    trace = torch.where(is_zero, torch.ones_like(trace), trace)
+    is_zero = trace <= largest_zero(trace)  # NaN is not, and passes through
+    trace = torch.where(is_zero, 1.0, trace)  # a tensor of ones would make a graph ask for its size
     return _plus_transpose(cov) * (0.5 / trace), trace, is_zero
 
 
 def _scale(trace: torch.Tensor, is_zero: torch.Tensor, inverse: bool) -> torch.Tensor:
     """Undoes the division by the trace: its root, or one over that for an inverse root."""
-    return torch.where(is_zero, torch.zeros_like(trace), trace.rsqrt() if inverse else trace.sqrt())
+    return torch.where(is_zero, 0.0, trace.rsqrt() if inverse else trace.sqrt())
 
 
-def _first_factor(a: torch.Tensor) -> torch.Tensor:
-    """(3I - A) / 2, which is Z_1 too."""
-    return torch.sub(1.5 * _eye(a), a, alpha=0.5)
+def _first_factor(a: torch.Tensor, eye: torch.Tensor) -> torch.Tensor:
+    """(3I - A) / 2, which is Z_1 too; ``eye`` is 3I / 2 here and below."""
+    return torch.sub(eye, a, alpha=0.5)
 
 
-def _factor(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _factor(z: torch.Tensor, y: torch.Tensor, eye: torch.Tensor) -> torch.Tensor:
     """(3I - Z Y) / 2."""
-    return _add_product(1.5 * _eye(y), z, y, alpha=-0.5)
+    return _add_product(eye, z, y, alpha=-0.5)
 
 
-def _two_factors(p: torch.Tensor) -> torch.Tensor:
+def _two_factors(p: torch.Tensor, eye: torch.Tensor) -> torch.Tensor:
     """Product of the factors of two steps, T = (3I - P) / 2 and (3I - P T²) / 2, in two products of matrices.
 
     With W = -P T / 2 it is 3/2 T + (3/2 T + W) W, because T² is 3/2 T + W. Both of its terms are small sums of numbers
     of one size, so that no digits are lost.
     """
-    t = _first_factor(p)
+    t = _first_factor(p, eye)
     w = _add_product(t, p, t, beta=0.0, alpha=-0.5)
     t = 1.5 * t
     return _add_product(t, t + w, w)
@@ -149,15 +169,27 @@ def _two_factors(p: torch.Tensor) -> torch.Tensor:
 def _add_product(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1.0, alpha: float = 1.0
 ) -> torch.Tensor:
-    """Return beta · X + alpha · A B."""
+    """Return beta · X + alpha · A B, for beta of zero or one."""
     if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
-        if torch.jit.is_tracing():  # counters of operations, which trace, know bmm and not baddbmm
-            return beta * x + alpha * torch.bmm(a, b)
+        if makes_graph():  # counters of operations, which trace, know no baddbmm, nor have runtimes one
+            product = torch.bmm(a, b) if alpha == 1.0 else alpha * torch.bmm(a, b)
+            return product if beta == 0.0 else x + product
     return torch.baddbmm(x, a, b, beta=beta, alpha=alpha)
 
 
-def _eye(mat: torch.Tensor) -> torch.Tensor:
-    return torch.eye(mat.shape[2], dtype=mat.dtype, device=mat.device)
+def _eye(mat: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """The identity of the size of ``mat``, times a number."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
+        if is_exporting(mat.shape[2]):
+            return _constant_eye(mat.shape[2], scale, mat.dtype, mat.device)
+    return scale * torch.eye(mat.shape[2], dtype=mat.dtype, device=mat.device)
+
+
+@torch.compiler.assume_constant_result
+def _constant_eye(size: int, scale: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """One constant of a graph, in place of the operations that make it."""
+    diagonal = np.full(size, scale, dtype=np.float32 if dtype == torch.float32 else np.float64)
+    return torch.as_tensor(np.diag(diagonal), device=device)
 
 
 def _plus_transpose(mat: torch.Tensor) -> torch.Tensor:
@@ -169,10 +201,11 @@ def _plus_transpose(mat: torch.Tensor) -> torch.Tensor:
 
 def _steps(a: torch.Tensor, num_iters: int, inverse: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Y_1, Y_2, ... and Z_1, Z_2, ..., one step at a time: Y_N without Z_N, or for an inverse root the other way."""
-    zs = [_first_factor(a)]
+    eye = _eye(a, 1.5)
+    zs = [_first_factor(a, eye)]
     ys = [torch.bmm(a, zs[0])]
     for k in range(1, num_iters):
-        factor = _factor(zs[-1], ys[-1])
+        factor = _factor(zs[-1], ys[-1], eye)
         is_last = k == num_iters - 1
         if not (inverse and is_last):
             ys.append(torch.bmm(ys[-1], factor))
@@ -292,7 +325,7 @@ def _before_late_steps(
     is_last = True
     while len(ys) >= _NUM_EARLY_STEPS:
         y, z = ys.pop(), zs.pop()
-        factor = _factor(z, y)
+        factor = _factor(z, y, _eye(y, 1.5))
         yt, zt, ft = y.transpose(1, 2), z.transpose(1, 2), factor.transpose(1, 2)
         through_factor = torch.baddbmm(torch.bmm(yt, g), h, zt)
         g, h = torch.bmm(g, ft), torch.bmm(ft, h)
@@ -312,7 +345,7 @@ def _less_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Te
 
 def _trace(mat: torch.Tensor) -> torch.Tensor:
     if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
-        if torch.jit.is_tracing() or is_exporting():  # converters lack aten::diagonal
+        if makes_graph():  # converters lack aten::diagonal
             return (mat * _eye(mat)).sum(dim=(1, 2), keepdim=True)
     return mat.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from timm_gsop.layers.exporting import is_exporting
+
 __all__ = ["RowConv2d"]
 
 
@@ -11,7 +13,8 @@ class RowConv2d(nn.Conv2d):
     """Convolution of matrices with a group for each row, whose kernel is the whole row (paper section 3.4).
 
     It takes the arguments of ``nn.Conv2d`` and computes the same. If there is one group for each row and the kernel
-    covers the input, it uses one batched product, because PyTorch's grouped convolution takes ten times as long.
+    covers the input, it uses one batched product, because PyTorch's grouped convolution takes ten times as long. What
+    ``torch.export`` makes has the convolution, into which runtimes fold the batch normalization that follows.
 
     Shape:
         Input (B, R, R, 1), output (B, n·R, 1, 1); outputs n·r to n·r + n - 1 belong to row r.
@@ -25,6 +28,9 @@ class RowConv2d(nn.Conv2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (B, R, R, 1) to (B, n·R, 1, 1)."""
         rows = self.in_channels
+        if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
+            if is_exporting():
+                return self._conv_forward(input, self.weight, self.bias)
         if self.groups == rows and self.kernel_size == (rows, 1) and self.stride == (1, 1) and self.padding == (0, 0):
             return _one_product(input, self.weight, self.bias)
         return self._conv_forward(input, self.weight, self.bias)

@@ -122,7 +122,7 @@ def register_pool(pool: Pool) -> Pool:
 
     Raises:
         ValueError: If the class lacks its name or says nothing for tables, another class has the name, ``shared`` has
-            what no network has, or an option has no default.
+            what no network has, an option has no default or is called rank.
     """
     for attribute in ("pool_type", "take_when"):
         value = getattr(pool, attribute, None)
@@ -138,5 +138,7 @@ def register_pool(pool: Pool) -> Pool:
     for name, default in pool.options().items():
         if default is inspect.Parameter.empty:
             raise ValueError(f"{pool.__name__} has no default for {name}, one of its options.")
+        if name == "rank":
+            raise ValueError(f"{pool.__name__} has an option rank, which every head has: pool_kwargs sets that.")
     SECOND_ORDER_POOLS[pool.pool_type] = pool
     return pool

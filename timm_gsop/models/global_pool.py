@@ -1,6 +1,7 @@
 """Global pooling, first-order (timm's) or second-order (ours), and the classifier after it, for networks of timm."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,8 @@ from timm_gsop.layers import (
 from timm_gsop.layers.second_order_pool import FIRST_ORDER_POOLS
 
 __all__ = ["GlobalPoolMixin"]
+
+_logger = logging.getLogger(__name__)
 
 
 def check_global_pool(pool_type: str) -> None:
@@ -65,8 +68,8 @@ class GlobalPoolMixin:
             isqrt_iters: Newton–Schulz iterations; None for the flavor's own.
             flavor: ``"paper"`` or ``"official"``.
             compact_bilinear_dim: Features of ``"compact_bilinear"``.
-            pool_kwargs: Options of ``global_pool``'s own. Another pool that :meth:`reset_classifier` sets has its
-                defaults.
+            pool_kwargs: Options of ``global_pool``'s own, and ``"rank"``. Another pool that :meth:`reset_classifier`
+                sets has its defaults.
             isqrt_drop: Dropout after covariance pooling; other pools ignore it.
             drop_rate: Dropout after any pooling. There is one dropout: the larger of the two rates applies.
             device: Device of the weights.
@@ -91,7 +94,9 @@ class GlobalPoolMixin:
         # No child: as in timm's ResNet, the last two are pooling and classifier, in the order of their calls.
         if hasattr(self, "head_drop"):
             del self.head_drop
+        backbone = _count_parameters(self)
         self._set_global_pool(num_classes, global_pool, device=device, dtype=dtype)
+        self._say_if_large(backbone)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier.
@@ -135,7 +140,7 @@ class GlobalPoolMixin:
                 )
             self.head_hidden_size = self.global_pool.out_features
             _, classifier = create_classifier(self.head_hidden_size, num_classes, **dd)
-            if isinstance(self.global_pool, CovPool2d):
+            if isinstance(getattr(self.global_pool, "head", self.global_pool), CovPool2d):
                 drop_rate = max(drop_rate, self.isqrt_drop)
         else:
             self.global_pool, classifier = create_classifier(self.num_features, num_classes, pool_type, **dd)
@@ -145,7 +150,38 @@ class GlobalPoolMixin:
         self.global_pool.train(self.training)
         self.num_classes = num_classes
 
+    def _say_if_large(self, backbone: int) -> None:
+        """Log where the head has more parameters than the rest of the network, and the width that has fewer."""
+        head = _count_parameters(self) - backbone
+        pool_type = self.global_pool.pool_type if self.num_classes > 0 else ""
+        if pool_type not in SECOND_ORDER_POOLS or head <= backbone:
+            return
+        widths = [name for name in ("isqrt_dim", "compact_bilinear_dim") if name in accepted_arguments(pool_type)]
+        advice = 'pool_kwargs={"rank": N} makes it smaller'
+        for name in widths:
+            for width in _halves(getattr(self, name)):
+                shared = {**{n: getattr(self, n) for n in accepted_arguments(pool_type)}, name: width}
+                options: dict[str, Any] = dict(pool_kwargs=self.pool_kwargs, device="meta")
+                pool = create_second_order_pool(pool_type, self.num_features, **shared, **options)
+                if _count_parameters(pool) + (pool.out_features + 1) * self.num_classes <= backbone:
+                    advice = f"{name}={width} has fewer; {advice} too"
+                    break
+        _logger.info(
+            "The head global_pool=%r has %.1f M parameters, the network before it %.1f M. %s (docs/backbones.md).",
+            *(pool_type, head / 1e6, backbone / 1e6, advice),
+        )
+
     def _has_pool(self, pool_type: str) -> bool:
         pool = self.global_pool
         same_type = getattr(pool, "pool_type", None) == pool_type
         return same_type and pool.in_features == self.num_features  # pruning may change the latter
+
+
+def _count_parameters(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _halves(width: int) -> Iterator[int]:
+    """Half of a width, half of that, and so on."""
+    while width := width // 2:
+        yield width

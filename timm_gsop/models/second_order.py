@@ -85,7 +85,8 @@ class SecondOrder(GlobalPoolMixin, nn.Module):
         isqrt_iters: Newton–Schulz iterations in ``"isqrt"`` pooling.
         compact_bilinear_dim: Features of ``"compact_bilinear"``, which does not reduce the channels.
         pool_kwargs: Options of ``global_pool``'s own, by the names that its layer's constructor has, for one
-            ``{"num_heads": 6}`` with ``"svpn"``.
+            ``{"num_heads": 6}`` with ``"svpn"``. ``{"rank": 256}`` gives any second-order pool a projection to so many
+            features, which makes the classifier one of low rank.
         isqrt_drop: Dropout after covariance pooling; other pools ignore it.
         drop_rate: Dropout after any pooling. There is one dropout: with covariance pooling, the larger of the two
             rates applies.

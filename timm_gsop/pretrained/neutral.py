@@ -181,8 +181,9 @@ def _read_by_head(model: Any) -> list[_Scaling]:
 
 def _head_readers(model: Any) -> list[str]:
     """Weights of the linear layers that read the last feature map, averaged or not."""
-    if hasattr(model.global_pool, "reduction"):
-        return ["global_pool.reduction.conv.weight"]
+    for head in ("global_pool", "global_pool.head"):  # the latter with a projection after it
+        if f"{head}.reduction" in dict(model.named_modules()):
+            return [f"{head}.reduction.conv.weight"]
     if isinstance(model.global_pool, SelectAdaptivePool2d) and model.num_classes > 0:
         return [f"{model.classifier_name}.weight"]
     return []
