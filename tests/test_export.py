@@ -1,4 +1,4 @@
-"""Leaving Python: ONNX, OpenVINO, int8. Each agrees with the network. tests/test_tracing.py has PyTorch's own graphs."""
+"""Leaving Python: ONNX, OpenVINO, int8. Each agrees with the network. test_tracing.py has PyTorch's own graphs."""
 
 from collections import Counter
 
