@@ -223,6 +223,26 @@ def test_integers_of_numpy_are_integers():
     torch.testing.assert_close(newton_schulz_sqrt(cov, np.int64(3)), newton_schulz_sqrt(cov, 3), rtol=0, atol=0)
 
 
+def test_a_matrix_that_does_not_converge_in_float32_is_decomposed_in_float64(monkeypatch):
+    """LAPACK failed in float32 while MPN-COV pooling was trained; which matrices fail depends on its version."""
+    cov = random_covariance(3, 12)
+    expected = eigh_power(cov)
+    eigh = torch.linalg.eigh
+
+    def fails_in_float32(x):
+        if x.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
+        return eigh(x)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
+    x = cov.float().requires_grad_()
+    root = eigh_power(x)
+    root.sum().backward()
+    assert root.dtype == torch.float32
+    torch.testing.assert_close(root.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad.double(), sqrt_gradient(cov, torch.ones_like(cov)), rtol=1e-3, atol=1e-3)
+
+
 def test_eigh_power_gradient_of_repeated_eigenvalues():
     cov = (4 * torch.eye(5, dtype=torch.float64)).repeat(2, 1, 1).requires_grad_()
     weight = torch.randn(2, 5, 5, dtype=torch.float64)

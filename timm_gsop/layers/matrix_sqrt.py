@@ -431,9 +431,27 @@ def _eigh(cov: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # Nor does it converge for some tiny matrices, whose squares underflow.
     largest = symmetric.detach().abs().amax(dim=[1, 2], keepdim=True)
     largest = torch.where(largest == 0, torch.ones_like(largest), largest)
-    eigenvalues, eigenvectors = torch.linalg.eigh(symmetric / largest)
+    eigenvalues, eigenvectors = _decompose(symmetric / largest)
     eigenvalues = eigenvalues * largest[:, :, 0]
     return torch.where(is_finite[:, None], eigenvalues, torch.full_like(eigenvalues, float("nan"))), eigenvectors
+
+
+def _decompose(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if not torch.jit.is_scripting():  # noqa: SIM102  # two levels: TorchScript must not see the second condition
+        if not (torch.compiler.is_compiling() or makes_graph()):
+            return _decompose_eager(symmetric)
+    return torch.linalg.eigh(symmetric)
+
+
+def _decompose_eager(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """In float64 where LAPACK does not converge in float32, which it did not in some training on real images."""
+    try:
+        return torch.linalg.eigh(symmetric)
+    except torch.linalg.LinAlgError:
+        if symmetric.dtype == torch.float64:
+            raise
+        eigenvalues, eigenvectors = torch.linalg.eigh(symmetric.double())
+        return eigenvalues.to(symmetric.dtype), eigenvectors.to(symmetric.dtype)
 
 
 def _eigh_function(cov: torch.Tensor, parameter: float, log: bool) -> torch.Tensor:
