@@ -154,8 +154,8 @@ class GlobalPoolMixin:
         """Log where the head has more parameters than the rest of the network, and the width that has fewer."""
         head = _count_parameters(self) - backbone
         pool_type = self.global_pool.pool_type if self.num_classes > 0 else ""
-        if pool_type not in SECOND_ORDER_POOLS or head <= backbone:
-            return
+        if pool_type not in SECOND_ORDER_POOLS or head <= backbone or not _logger.isEnabledFor(logging.INFO):
+            return  # nobody would read it: the widths need not be tried
         widths = [name for name in ("isqrt_dim", "compact_bilinear_dim") if name in accepted_arguments(pool_type)]
         advice = 'pool_kwargs={"rank": N} makes it smaller'
         for name in widths:
