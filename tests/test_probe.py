@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,16 +14,17 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from scipy.stats import norm
 
 from tests.fresh_process import run_fresh
-from timm_gsop.probe import HEADS, run
+from timm_gsop.probe import HEADS, comparison, run
 from timm_gsop.probe.__main__ import main
-from timm_gsop.probe.heads import MAX_TRIALS, Options, create_head, inputs_of, search
+from timm_gsop.probe.heads import MAX_TRIALS, Inputs, Options, create_head, inputs_of, search, train_head
 from timm_gsop.probe.images import read_images
 from timm_gsop.probe.maps import cached_maps
 from timm_gsop.probe.network import Extractor, create_network
-from timm_gsop.probe.splits import draw_splits, take_some
+from timm_gsop.probe.splits import Split, draw_splits, take_some
 from timm_gsop.probe.statistics import paired_difference
 
 ROOT = Path(__file__).parents[1]
@@ -421,11 +423,54 @@ def test_no_weights_offline_is_one_line(pictures, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere heads are trained one after the other")
-def test_processes_give_what_one_gives(pictures, cache, monkeypatch):
-    alone = run(pictures, **TINY, **FAST, cache=cache)
+def test_processes_give_what_one_gives(pictures, tmp_path, monkeypatch):
+    alone = run(pictures, **TINY, **FAST, cache=tmp_path / "alone")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     torch.manual_seed(0)
-    together = run(pictures, **TINY, **FAST, cache=cache)
+    together = run(pictures, **TINY, **FAST, cache=tmp_path / "together")
     times = dict(train_seconds=0, infer_seconds=0)
     for a, b in zip(alone.rows, together.rows, strict=True):
         assert {**a.as_dict(), **times} == {**b.as_dict(), **times}
+
+
+def test_a_trained_head_is_trained_once(pictures, cache, checkpoint, tmp_path, monkeypatch):
+    """A second run gives the same table and the same network, and trains what the first one did not."""
+    arguments = {**TINY, **FAST, "pretrained": True, "checkpoint": checkpoint, "cache": cache}
+    first = run(pictures, **arguments, output=tmp_path / "first", save="isqrt")
+    trained = []
+
+    def count(head, *args):
+        trained.append(type(head.global_pool).__name__)
+        return train_head(head, *args)
+
+    monkeypatch.setattr(comparison, "train_head", count)
+    second = run(pictures, **arguments, output=tmp_path / "second", save="isqrt")
+    assert not trained
+    assert first.rows == second.rows
+    networks = [load_file(tmp_path / name / "model/model.safetensors") for name in ("first", "second")]
+    assert networks[0].keys() == networks[1].keys()
+    assert all(torch.equal(value, networks[1][name]) for name, value in networks[0].items())
+    run(pictures, **{**arguments, "heads": ("isqrt", "cov")})
+    assert set(trained) == {"CovPool2d"}
+    run(pictures, **{**arguments, "heads": ("isqrt",), "isqrt_dim": 8})
+    run(pictures, **{**arguments, "heads": ("isqrt",), "seed": 1})
+    assert {"IsqrtCovPool2d", "SelectAdaptivePool2d"} <= set(trained)
+
+
+def test_inputs_on_a_gpu_are_those_in_memory():
+    maps = np.random.default_rng(0).standard_normal((6, 3, 2, 2)).astype(np.float16)
+    indices = np.array([4, 0, 4])
+    device = torch.device("cpu")
+    on_gpu = Inputs(torch.from_numpy(maps), pooled=False).batch(indices, device)
+    assert torch.equal(on_gpu, Inputs(maps, pooled=False).batch(indices, device))
+
+
+@pytest.mark.parametrize(("images", "epochs", "steps"), [(64, 2, 4), (32 * 250, 1, 250), (32 * 600, 1, 250)])
+def test_batches_grow_where_there_are_many_images(images, epochs, steps, monkeypatch):
+    updates = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: updates.append(1))
+    head = torch.nn.Sequential(OrderedDict(global_pool=torch.nn.Identity(), fc=torch.nn.Linear(1, 2)))
+    split = Split(np.arange(images), np.arange(2), np.arange(2))
+    inputs = Inputs(np.zeros((images, 1), np.float32), pooled=True)
+    train_head(head, inputs, np.arange(images) % 2, split, Options(1e-3, 0.1), 0, torch.device("cpu"), epochs)
+    assert len(updates) == epochs * steps

@@ -15,6 +15,7 @@ from timm_gsop.hub.hub_folder import check_new_folder
 from timm_gsop.layers import SECOND_ORDER_POOLS
 from timm_gsop.probe.heads import HEADS, Options, Trained, create_head, inputs_of, mlp_width, search, train_head
 from timm_gsop.probe.images import Images, read_images
+from timm_gsop.probe.kept import Found, file_of, keep
 from timm_gsop.probe.maps import cached_maps, unreadable_images
 from timm_gsop.probe.network import Extractor, level_name
 from timm_gsop.probe.processes import in_processes
@@ -156,6 +157,12 @@ class _Task:
     device: torch.device
     epochs: int | None
 
+    def parts(self) -> list[str | np.ndarray]:
+        """What the result of a training depends on."""
+        splits = [part for split in self.splits for part in (split.train, split.validation, split.test)]
+        sizes = [len(part) for part in splits]
+        return [f"{self.num_classes} {self.seed} {self.epochs} {sizes}", self.targets, *splits]
+
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
@@ -217,15 +224,19 @@ def _compare_one(network: Any, level: int | None, maps: np.ndarray, head: str, h
     def new(split: int) -> Any:
         return create_head(network, head, task.num_classes, task.seed + split, hidden)
 
-    def train(options: Options, split: int) -> Trained:
-        about = (options, task.seed + split, task.device, task.epochs)
-        return train_head(new(split), inputs, task.targets, task.splits[split], *about)
+    def search_and_train() -> Found:
+        inputs = inputs_of(first, maps, task.device)
+
+        def train(options: Options, split: int) -> Trained:
+            about = (options, task.seed + split, task.device, task.epochs)
+            return train_head(new(split), inputs, task.targets, task.splits[split], *about)
+
+        options, found = search(lambda options: train(options, 0))
+        return options, [found, *(train(options, split) for split in range(1, len(task.splits)))]
 
     first = new(0)
     features, parameters = first.fc.in_features, _count(first)
-    inputs = inputs_of(first, maps, task.device)
-    options, found = search(lambda options: train(options, 0))
-    trained = [found, *(train(options, split) for split in range(1, len(task.splits)))]
+    options, trained = keep(file_of(maps, head, first, task.parts()), search_and_train)
     return _Entry(level, head, features, parameters, _count(network.backbone), options, trained)
 
 

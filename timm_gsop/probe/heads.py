@@ -22,7 +22,8 @@ __all__ = ["HEADS", "Inputs", "Options", "Trained", "create_head", "inputs_of", 
 
 HEADS: ChainMap[str, Any] = ChainMap(SECOND_ORDER_POOLS, dict.fromkeys(("avg", "mlp")))
 """The heads by name: these two, then whatever the registry has."""
-BATCH_SIZE, EPOCHS, MIN_STEPS = 32, 12, 300
+BATCH_SIZE, EPOCHS, MIN_STEPS, MAX_EPOCH_STEPS = 32, 12, 300, 250
+"""Batches are larger where an epoch would have more steps: with many images, it is not their number that counts."""
 RATE, DECAY = 1e-3, 0.1
 """Where the search for the learning rate and the weight decay starts."""
 RATE_FACTOR, DECAY_FACTOR = 3.0, 10.0
@@ -105,15 +106,17 @@ class Inputs(NamedTuple):
     """What a head is trained on: maps, or, where its pooling has no parameters, what the pooling makes of them.
 
     Attributes:
-        values: (N, C, H, W), or (N, features).
+        values: (N, C, H, W), or (N, features); a tensor if they are on a GPU.
         pooled: Whether the pooling is done.
     """
 
-    values: np.ndarray
+    values: np.ndarray | torch.Tensor
     pooled: bool
 
     def batch(self, indices: np.ndarray, device: torch.device) -> torch.Tensor:
         """Some of them, in float32."""
+        if isinstance(self.values, torch.Tensor):
+            return self.values[torch.from_numpy(indices).to(self.values.device)].to(device, torch.float32)
         return torch.from_numpy(self.values[indices]).to(device, torch.float32)
 
 
@@ -121,7 +124,7 @@ def inputs_of(head: nn.Sequential, maps: np.ndarray, device: torch.device) -> In
     """Inputs for a head: a pooling without parameters runs once, and not in every epoch."""
     pool: nn.Module = head.global_pool  # type: ignore[assignment]
     if any(True for _ in pool.parameters()):
-        return Inputs(maps, pooled=False)
+        return Inputs(_on_gpu(maps, device), pooled=False)
     pool = pool.eval().to(device)
     pooled: Any = None
     with torch.inference_mode():
@@ -130,7 +133,17 @@ def inputs_of(head: nn.Sequential, maps: np.ndarray, device: torch.device) -> In
             if pooled is None:
                 pooled = _new_array((len(maps), found.shape[1]))
             pooled[rows] = found
-    return Inputs(pooled, pooled=True)
+    return Inputs(_on_gpu(pooled, device), pooled=True)
+
+
+def _on_gpu(values: np.ndarray, device: torch.device) -> np.ndarray | torch.Tensor:
+    """A copy on the GPU, if it takes at most half of its free memory: a training step is shorter than a transfer."""
+    if device.type != "cuda" or 2 * values.nbytes > torch.cuda.mem_get_info(device)[0]:
+        return values
+    found = torch.from_numpy(values[:0].copy()).new_empty(values.shape, device=device)
+    for first in range(0, len(values), 4096):
+        found[first : first + 4096] = torch.from_numpy(values[first : first + 4096].copy())
+    return found
 
 
 def _new_array(shape: tuple[int, int]) -> np.ndarray:
@@ -168,7 +181,7 @@ def train_head(
         head = nn.Sequential(OrderedDict((name, part) for name, part in head.named_children() if name != "global_pool"))
     head.to(device)
     labels = torch.from_numpy(targets).to(device)
-    steps = max(1, len(split.train) // BATCH_SIZE)
+    steps = min(max(1, len(split.train) // BATCH_SIZE), MAX_EPOCH_STEPS)
     epochs = epochs or max(EPOCHS, -(-MIN_STEPS // steps))
     optimizer = create_optimizer_v2(head, "adamw", lr=options.lr, weight_decay=options.weight_decay)
     scheduler, _ = create_scheduler_v2(

@@ -10,7 +10,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-__all__ = ["Extractor", "create_network", "level_name"]
+__all__ = ["Extractor", "create_network", "level_name", "weights_digest"]
 
 PRECISIONS = {"cuda": torch.float16, "mps": torch.float16}
 """Half precision on devices that are faster with it."""
@@ -89,7 +89,7 @@ class Extractor:
         self.levels = _check_levels(levels, len(self.network.feature_info), backbone)
         self.names = [f"{backbone}-{level_name(level)}" for level in self.levels]
         self.data_config = resolve_data_config(dict(img_size=img_size), model=self.network)
-        self.weights = _digest(self.network.backbone)
+        self.weights = weights_digest(self.network.backbone)
         self.autocast = PRECISIONS.get(self.device.type)
         weights = self.network.state_dict()
         self.networks = {}
@@ -178,7 +178,8 @@ def _size_options(backbone: str, img_size: int | None) -> dict[str, Any]:
     return dict(img_size=img_size) if cfg is not None and cfg.fixed_input_size else {}
 
 
-def _digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of all weights and buffers."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
