@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tolerances import TOLERANCES, gradient_error, output_error
 from timm_gsop import covariance_pool
@@ -122,3 +124,15 @@ def test_the_compiler_gets_it_too_and_exported_graphs_do_not(backend, monkeypatc
 
 def test_only_where_pytorch_has_it():
     assert not has_exact_products(torch.randn(2, 3, 4).bfloat16())
+
+
+def test_not_where_something_looks_at_single_operations(monkeypatch):
+    """PyTorch 2.11's counter of operations fails at a product with another type of output."""
+    monkeypatch.setattr(half_covariance, "_is_on_nvidias_gpu", lambda x: True)
+    monkeypatch.setattr(half_covariance, "_BMM_HAS_OUT_DTYPE", True)
+    x = torch.randn(2, 3, 4).bfloat16()
+    assert has_exact_products(x)
+    with FlopCounterMode(display=False):
+        assert not has_exact_products(x)
+    with forward_ad.dual_level():
+        assert not has_exact_products(x)

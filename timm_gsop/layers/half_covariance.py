@@ -6,6 +6,7 @@ subtracted first. The difference of two numbers of about one size is exact too.
 """
 
 import torch
+from torch.autograd import forward_ad
 from torch.torch_version import TorchVersion
 
 __all__ = ["half_covariance", "half_covariance_gradient", "has_exact_products"]
@@ -16,7 +17,8 @@ _BMM_HAS_OUT_DTYPE = TorchVersion(torch.__version__) >= "2.8"
 def has_exact_products(x: torch.Tensor) -> bool:
     """Whether PyTorch multiplies half-precision matrices of the device of ``x`` to float32, and may do so here.
 
-    It can neither derive nor batch that, and converters of traces and exported graphs do not know it.
+    It can neither derive nor batch that, and converters of traces and exported graphs, and some versions of PyTorch's
+    counter of operations, do not know it.
     """
     if not (_BMM_HAS_OUT_DTYPE and _is_on_nvidias_gpu(x) and x.dtype in (torch.bfloat16, torch.float16)):
         return False
@@ -26,6 +28,8 @@ def has_exact_products(x: torch.Tensor) -> bool:
         (torch.is_grad_enabled() and x.requires_grad)
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
     )
 
 
