@@ -10,7 +10,7 @@ import inspect
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ PROBE = ROOT / "experiments/probe_results"
 PASSES = {False: "inference", True: "forward and backward"}
 LABELS = {"eigh": "`eigh`", "se": "SE", "cbam": "CBAM", "eca": "ECA", "gc": "GC"}
 NETWORKS = ("resnet50", "twin", "isqrt_resnet50", "gsop_resnet50_net1", "gsop_resnet50_net2")
+WITHOUT = ", without kernels"
+NETWORKS_GPU = (*NETWORKS, *(f"{name}{WITHOUT}" for name in NETWORKS[2:]))
 FASHION_MNIST = {
     "preresnet20": "vanilla",
     "preresnet20_stride1": "vanilla, no down-sampling in the last stage",
@@ -71,20 +73,21 @@ def blocks_table(result: Mapping[str, Any], kind: str) -> str:
     return table(["map", "floor (ms)", "ours (ms)", *names, "ours / textbook, memory"], lines)
 
 
-def networks_table(*results: Mapping[str, Any]) -> str:
+def networks_table(*results: Mapping[str, Any], names: Iterable[str] = NETWORKS) -> str:
     """Time, operations and memory of networks, relative to the twin; results in several precisions of one machine."""
     rows = [(result, row) for result in results for row in result["rows"] if row["way"] != "fused"]  # which is gone
-    names = [f"{row['way']}, bfloat16" if result is not results[0] else row["way"] for result, row in rows]
+    ways = [f"{row['way']}, bfloat16" if result is not results[0] else row["way"] for result, row in rows]
     costs = rows[0][1]["costs"]
     training = next(row for _, row in rows if row["way"] == "training")
     lines = []
-    for name in NETWORKS:
+    for name in names:
         cells = [f"{costs[name]['macs'] / costs['twin']['macs']:.2f}×"]
         cells += [ratio(row["alternatives"][name]) if name in row["alternatives"] else "" for _, row in rows]
         extra = 4 * max(0, costs[name]["params"] - costs["twin"]["params"])
         memory = (training["bytes"][name] - extra) / training["bytes"]["twin"]
-        lines.append([name if name == "twin" else f"`{name}`", *cells, f"{memory:.2f}×"])
-    return table(["network", "operations", *names, "memory, training"], lines)
+        shown = "twin" if name == "twin" else f"`{name.removesuffix(WITHOUT)}`{WITHOUT if WITHOUT in name else ''}"
+        lines.append([shown, *cells, f"{memory:.2f}×"])
+    return table(["network", "operations", *ways, "memory, training"], lines)
 
 
 def pieces_table(*results: Mapping[str, Any]) -> str:
@@ -250,7 +253,7 @@ def probe_table(result: Mapping[str, Any]) -> str:
 
 def contents() -> dict[str, dict[str, str]]:
     """What the pages show, by the names of their markers."""
-    files = ("blocks", "networks", "networks_bfloat16", "pieces", "pieces_medium", "gpu/networks_high")
+    files = ("blocks", "networks", "networks_bfloat16", "pieces", "pieces_medium", "gpu/networks")
     blocks, networks, bfloat16, pieces, pieces_medium, gpu = (load(f"performance/{name}") for name in files)
     performance = {
         "networks": networks_table(networks, bfloat16),
@@ -258,7 +261,7 @@ def contents() -> dict[str, dict[str, str]]:
         "blocks": blocks_table(blocks, "block"),
         "blocks' heads": blocks_table(blocks, "head"),
         "pieces": pieces_table(pieces, pieces_medium),
-        "networks, GPU": networks_table(gpu),
+        "networks, GPU": networks_table(gpu, names=NETWORKS_GPU),
         "networks' machine, GPU": about(gpu),
     }
     heads = load("performance/heads")
