@@ -266,7 +266,9 @@ def contents() -> dict[str, dict[str, str]]:
     }
     heads = load("performance/heads")
     proportion, runtimes, requests = (load(f"serving/{part}") for part in ("proportion", "runtimes", "requests"))
+    citations = [inspect.cleandoc(pool.citation) for pool in SECOND_ORDER_POOLS.values() if pool.citation]
     return {
+        "docs/citing.md": {"citations": "```bibtex\n" + "\n".join(citations) + "\n```"},
         "docs/performance.md": performance,
         "docs/results.md": {**probe_tables(), **cifar10_tables(), "fashion_mnist": fashion_mnist_table()},
         "docs/backbones.md": dict(zip(("heads", "heads' cost"), heads_tables(heads), strict=True))

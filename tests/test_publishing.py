@@ -1,6 +1,7 @@
 """What is checked before publishing, and what the model card says; tests/test_hub.py uploads."""
 
 import csv
+import inspect
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from tests.fresh_process import run_fresh
 from tests.test_conversion import NARROW, in_their_names, isqrt_resnet
 from timm_gsop.hub import convert, publish, stage
 from timm_gsop.hub.hub_folder import check_hub_folder, save_hub_folder
+from timm_gsop.layers import SECOND_ORDER_POOLS
 
 ROOT = Path(__file__).parents[1]
 FIGURE = ROOT / "docs/figures/architecture.png"
@@ -88,6 +90,20 @@ def test_card_of_ones_own_training(folder, tmp_path):
     assert "reported" not in card
     assert "fast-MPN-COV" not in card
     assert (tmp_path / "staged/args.yaml").exists()
+
+
+@pytest.mark.parametrize("stages", [(), (2,)], ids=["head alone", "blocks too"])
+@pytest.mark.parametrize("pool", ["avg", *SECOND_ORDER_POOLS])
+def test_card_cites_the_papers_of_blocks_and_head(pool, stages, tmp_path):
+    kwargs = dict(backbone="test_resnet", num_classes=2, global_pool=pool, gsop_stages=stages)
+    save_hub_folder(timm.create_model("second_order", **kwargs), tmp_path / "folder")
+    stage(tmp_path / "folder", "me/mine", tmp_path / "staged")
+    card = (tmp_path / "staged/README.md").read_text()
+    own = inspect.cleandoc(SECOND_ORDER_POOLS[pool].citation) if pool in SECOND_ORDER_POOLS else ""
+    assert own.startswith("@") or pool in ("avg", "cov")
+    assert own in card
+    assert card.count("  title     =") + card.count("  title   =") == (1 if own else 0) + bool(stages or not own)
+    assert ("gao2019global" in card) == bool(stages or not own)
 
 
 @pytest.mark.parametrize("name", ["args.yaml", "summary.csv"])

@@ -41,19 +41,12 @@ RECIPE = (
 REPOSITORY = "https://github.com/timm-gsop/timm-gsop"
 """Where strangers get this package: it is on no index."""
 
-CITATIONS = """\
+GSOP_CITATION = """\
 @inproceedings{gao2019global,
   title     = {Global Second-order Pooling Convolutional Networks},
   author    = {Gao, Zilin and Xie, Jiangtao and Wang, Qilong and Li, Peihua},
   booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
   year      = {2019}
-}
-@inproceedings{li2018towards,
-  title     = {Towards Faster Training of Global Covariance Pooling Networks by Iterative Matrix Square Root
-               Normalization},
-  author    = {Li, Peihua and Xie, Jiangtao and Wang, Qilong and Gao, Zilin},
-  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  year      = {2018}
 }"""
 
 
@@ -123,7 +116,7 @@ def model_card(
         _section("Training data and recipe", [*data, *recipe]),
         _section("Results", results),
         _usage(repo_id, folder.config),
-        f"## Citation\n\n```bibtex\n{CITATIONS}\n```",
+        f"## Citation\n\n```bibtex\n{_citations(folder.model)}\n```",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -136,6 +129,14 @@ def _head(model: Any) -> str | None:
     options = ", ".join(f"{name}={value!r}" for name, value in (model.pool_kwargs or {}).items())
     what = (inspect.getdoc(type(getattr(pool, "head", pool))) or "").splitlines()[0]
     return f"`{pool.pool_type}`{f' ({options})' if options else ''}: {what} {pool.out_features} features"
+
+
+def _citations(model: Any) -> str:
+    """BibTeX of the papers of blocks and head; of the blocks' for a network that has neither."""
+    pool = model.global_pool
+    of_head = inspect.cleandoc(getattr(pool, "head", pool).citation) if isinstance(pool, SecondOrderPool2d) else ""
+    has_blocks = any(isinstance(module, CovarianceExcitation) for module in model.modules())
+    return "\n".join(([GSOP_CITATION] if has_blocks or not of_head else []) + ([of_head] if of_head else []))
 
 
 def _classes(config: dict[str, Any]) -> str:

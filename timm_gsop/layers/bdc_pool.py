@@ -108,6 +108,14 @@ class BdcPool2d(SecondOrderPool2d):
 
     pool_type = "bdc"
     take_when = "you have few images a class"
+    citation = """
+    @inproceedings{xie2022joint,
+      title     = {Joint Distribution Matters: Deep {Brownian} Distance Covariance for Few-Shot Classification},
+      author    = {Xie, Jiangtao and Long, Fei and Lv, Jiaming and Wang, Qilong and Li, Peihua},
+      booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+      year      = {2022}
+    }
+    """
     shared: ClassVar[Mapping[str, str]] = {"isqrt_dim": "dim"}
 
     def __init__(

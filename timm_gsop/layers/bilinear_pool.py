@@ -137,6 +137,14 @@ class BilinearPool2d(SecondOrderPool2d):
 
     pool_type = "bilinear"
     take_when = "you compare with bilinear CNNs"
+    citation = """
+    @inproceedings{lin2015bilinear,
+      title     = {Bilinear {CNN} Models for Fine-grained Visual Recognition},
+      author    = {Lin, Tsung-Yu and RoyChowdhury, Aruni and Maji, Subhransu},
+      booktitle = {IEEE International Conference on Computer Vision (ICCV)},
+      year      = {2015}
+    }
+    """
     shared: ClassVar[Mapping[str, str]] = {"isqrt_dim": "dim"}
 
     def __init__(
@@ -184,6 +192,14 @@ class CompactBilinearPool2d(SecondOrderPool2d):
 
     pool_type = "compact_bilinear"
     take_when = "the classifier must stay small"
+    citation = """
+    @inproceedings{gao2016compact,
+      title     = {Compact Bilinear Pooling},
+      author    = {Gao, Yang and Beijbom, Oscar and Zhang, Ning and Darrell, Trevor},
+      booktitle = {IEEE Conference on Computer Vision and Pattern Recognition (CVPR)},
+      year      = {2016}
+    }
+    """
     shared: ClassVar[Mapping[str, str]] = {"compact_bilinear_dim": "out_features"}
 
     def __init__(

@@ -118,6 +118,15 @@ class IsqrtCovPool2d(CovPool2d):
 
     pool_type = "isqrt"
     take_when = "you want second-order statistics: start here"
+    citation = """
+    @inproceedings{li2018towards,
+      title     = {Towards Faster Training of Global Covariance Pooling Networks by Iterative Matrix Square Root
+                   Normalization},
+      author    = {Li, Peihua and Xie, Jiangtao and Wang, Qilong and Gao, Zilin},
+      booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+      year      = {2018}
+    }
+    """
     normalization = "square root"
     shared: ClassVar[Mapping[str, str]] = {"isqrt_dim": "dim", "isqrt_iters": "num_iters"}
 
@@ -171,6 +180,14 @@ class MpnCovPool2d(CovPool2d):
 
     pool_type = "mpn"
     take_when = "you want the exact root; not for ONNX"
+    citation = """
+    @inproceedings{li2017second,
+      title     = {Is Second-order Information Helpful for Large-scale Visual Recognition?},
+      author    = {Li, Peihua and Xie, Jiangtao and Wang, Qilong and Zuo, Wangmeng},
+      booktitle = {IEEE International Conference on Computer Vision (ICCV)},
+      year      = {2017}
+    }
+    """
     normalization = "square root"
 
     def normalize(self, cov: torch.Tensor) -> torch.Tensor:

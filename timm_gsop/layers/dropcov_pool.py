@@ -106,6 +106,14 @@ class DropCovPool2d(CovPool2d):
 
     pool_type = "dropcov"
     take_when = "you train from scratch, without the cost of a root"
+    citation = """
+    @inproceedings{wang2022dropcov,
+      title     = {{DropCov}: A Simple yet Effective Method for Improving Deep Architectures},
+      author    = {Wang, Qilong and Gao, Mingze and Zhang, Zhaolin and Xie, Jiangtao and Li, Peihua and Hu, Qinghua},
+      booktitle = {Advances in Neural Information Processing Systems (NeurIPS)},
+      year      = {2022}
+    }
+    """
 
     def __init__(
         self,

@@ -66,6 +66,14 @@ class MomentPool2d(SecondOrderPool2d):
 
     pool_type = "moment"
     take_when = "the backbone stays frozen"
+    citation = """
+    @inproceedings{gao2023tuning,
+      title     = {Tuning Pre-trained Model via Moment Probing},
+      author    = {Gao, Mingze and Wang, Qilong and Lin, Zhenyi and Zhu, Pengfei and Hu, Qinghua and Zhou, Jingbo},
+      booktitle = {IEEE/CVF International Conference on Computer Vision (ICCV)},
+      year      = {2023}
+    }
+    """
     takes_token = True
 
     def __init__(

@@ -57,6 +57,7 @@ class SecondOrderPool2d(nn.Module):
     Attributes:
         pool_type: The name that ``global_pool`` calls it by. timm reads it when it saves a model.
         take_when: When to take it, in a few words, for tables.
+        citation: BibTeX of its paper, for cards; indented as the class is.
         shared: The arguments of networks that it uses, and the constructor's names for them.
         in_features: Channels of the input, C.
         out_features: Features of the output.
@@ -72,6 +73,7 @@ class SecondOrderPool2d(nn.Module):
 
     pool_type: str
     take_when: str
+    citation = ""
     shared: ClassVar[Mapping[str, str]] = {}
     takes_token = False
 

@@ -91,6 +91,14 @@ class SvpnPool2d(SecondOrderPool2d):
 
     pool_type = "svpn"
     take_when = "you train or fine-tune a transformer"
+    citation = """
+    @article{xie2021sot,
+      title   = {{SoT}: Delving Deeper into Classification Head for Transformer},
+      author  = {Xie, Jiangtao and Zeng, Ruiren and Wang, Qilong and Zhou, Ziqi and Li, Peihua},
+      journal = {arXiv preprint arXiv:2104.10935},
+      year    = {2021}
+    }
+    """
     takes_token = True
 
     def __init__(
