@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         table = run(**given)
     except KeyboardInterrupt:
-        print("\ninterrupted: the maps so far are kept, and the same command goes on from there", file=sys.stderr)
+        print("\ninterrupted: maps and heads so far are kept, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
