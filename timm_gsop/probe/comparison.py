@@ -13,9 +13,9 @@ from tqdm import tqdm
 from timm_gsop.checks import check_choice, check_positive_int
 from timm_gsop.hub.hub_folder import check_new_folder
 from timm_gsop.layers import SECOND_ORDER_POOLS
+from timm_gsop.probe.head_cache import Found, cache_file, cached
 from timm_gsop.probe.heads import HEADS, Options, Trained, create_head, inputs_of, mlp_width, search, train_head
 from timm_gsop.probe.images import Images, read_images
-from timm_gsop.probe.kept import Found, file_of, keep
 from timm_gsop.probe.maps import cached_maps, unreadable_images
 from timm_gsop.probe.network import Extractor, level_name
 from timm_gsop.probe.processes import in_processes
@@ -236,7 +236,7 @@ def _compare_one(network: Any, level: int | None, maps: np.ndarray, head: str, h
 
     first = new(0)
     features, parameters = first.fc.in_features, _count(first)
-    options, trained = keep(file_of(maps, head, first, task.parts()), search_and_train)
+    options, trained = cached(cache_file(maps, head, first, task.parts()), search_and_train)
     return _Entry(level, head, features, parameters, _count(network.backbone), options, trained)
 
 

@@ -1,4 +1,4 @@
-"""What the search and the trainings of one head found, kept beside the maps, so that no run does them again."""
+"""What the search and the trainings of one head found, cached beside the maps, so that no run does it again."""
 
 import hashlib
 import inspect
@@ -17,14 +17,14 @@ from timm_gsop.complete_file import replacing
 from timm_gsop.probe.heads import Options, Trained
 from timm_gsop.probe.network import weights_digest
 
-__all__ = ["Found", "file_of", "keep"]
+__all__ = ["Found", "cache_file", "cached"]
 
 Found = tuple[Options, list[Trained]]
 """The options that the search chose, and what was trained with them, for each split."""
 NUMBERS = ("validation", "validation_loss", "train_seconds", "infer_seconds")
 
 
-def file_of(maps: np.ndarray, name: str, head: nn.Sequential, task: Sequence[str | np.ndarray]) -> Path | None:
+def cache_file(maps: np.ndarray, name: str, head: nn.Sequential, task: Sequence[str | np.ndarray]) -> Path | None:
     """The file for a head, named by all that its training depends on.
 
     Args:
@@ -51,7 +51,7 @@ def file_of(maps: np.ndarray, name: str, head: nn.Sequential, task: Sequence[str
     return maps_file.with_name(f"{maps_file.stem}-{name}-{digest.hexdigest()[:16]}.safetensors")
 
 
-def keep(file: Path | None, train: Callable[[], Found]) -> Found:
+def cached(file: Path | None, train: Callable[[], Found]) -> Found:
     """What is in the file, or else what ``train`` finds, which is then in the file."""
     if file is not None and file.exists():
         return _load(file)
