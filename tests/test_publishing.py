@@ -92,8 +92,9 @@ def test_card_of_ones_own_training(folder, tmp_path):
     assert (tmp_path / "staged/args.yaml").exists()
 
 
-@pytest.mark.parametrize("stages", [(), (2,)], ids=["head alone", "blocks too"])
-@pytest.mark.parametrize("pool", ["avg", *SECOND_ORDER_POOLS])
+@pytest.mark.parametrize(
+    ("pool", "stages"), [*((pool, ()) for pool in ("avg", *SECOND_ORDER_POOLS)), ("avg", (2,)), ("isqrt", (2,))]
+)
 def test_card_cites_the_papers_of_blocks_and_head(pool, stages, tmp_path):
     kwargs = dict(backbone="test_resnet", num_classes=2, global_pool=pool, gsop_stages=stages)
     save_hub_folder(timm.create_model("second_order", **kwargs), tmp_path / "folder")
