@@ -21,7 +21,7 @@ test: $(VENV)/test.done lint
 
 test-full: $(VENV)/browser.done lint
 	$(RUN) -m tests.timm_source
-	$(RUN) -m pytest -n auto
+	$(RUN) -m pytest -n auto --dist worksteal
 
 # The tests look for chromium or google-chrome, or take $$CHROMIUM.
 test-browser: $(VENV)/browser.done

@@ -131,6 +131,7 @@ def test_openvino_converts_what_was_exported(what, strict):
             assert_same(torch.from_numpy(found[i]), y, 1e-5)
 
 
+@pytest.mark.slow  # test_serving.py has another int8 that is quick
 def test_int8_answers_as_float32_does():
     """The shipped Net1 on real test images: 50 set the ranges, others are classified."""
     pytest.importorskip("torchao")

@@ -173,7 +173,7 @@ def test_kernels():
     """As test_kernels.py, which has Triton interpret the same file."""
     assert not kernels.why_off()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/kernel_cases.py"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
 

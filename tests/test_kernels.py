@@ -18,7 +18,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton co
 
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": "", **env}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
