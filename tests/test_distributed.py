@@ -45,7 +45,7 @@ def create(model_name: str) -> nn.Module:
     return timm.create_model(f"{model_name}.untrained", **NETWORKS[model_name]).double().train()
 
 
-def one_of_two(model_name: str, path: str) -> None:
+def one_of_two(path: str) -> None:
     """What each process does."""
     from timm.layers import convert_sync_batchnorm
 
@@ -53,34 +53,36 @@ def one_of_two(model_name: str, path: str) -> None:
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    model = convert_sync_batchnorm(create(model_name))
-    plain = [name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
-    assert not plain, plain
-    parallel = DistributedDataParallel(model)
-    x, target = data()
-    step(parallel, x[4 * rank : 4 * rank + 4], target[4 * rank : 4 * rank + 4])
+    states = {}
+    for model_name in NETWORKS:
+        model = convert_sync_batchnorm(create(model_name))
+        plain = [name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+        assert not plain, plain
+        parallel = DistributedDataParallel(model)
+        x, target = data()
+        step(parallel, x[4 * rank : 4 * rank + 4], target[4 * rank : 4 * rank + 4])
+        states[model_name] = model.state_dict()
     if rank == 0:
-        torch.save(model.state_dict(), path)
+        torch.save(states, path)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("model_name", NETWORKS)
-def test_two_processes_make_the_step_of_one(model_name, tmp_path):
-    program = (
-        f"from tests.test_distributed import one_of_two; one_of_two({model_name!r}, {str(tmp_path / 'two.pth')!r})"
-    )
+def test_two_processes_make_the_step_of_one(tmp_path):
+    program = f"from tests.test_distributed import one_of_two; one_of_two({str(tmp_path / 'two.pth')!r})"
     (tmp_path / "program.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); {program}")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*command, tmp_path / "program.py"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    alone = create(model_name)
-    before = {name: value.clone() for name, value in alone.state_dict().items()}
-    step(alone, *data())
     together = torch.load(tmp_path / "two.pth", weights_only=True)
-    for name, value in alone.state_dict().items():
-        torch.testing.assert_close(together[name], value, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
-    moved = [name for name, value in alone.named_parameters() if not torch.equal(value, before[name])]
-    assert any("cov_bn.weight" in name for name in moved)
+    for model_name in NETWORKS:
+        alone = create(model_name)
+        before = {name: value.clone() for name, value in alone.state_dict().items()}
+        step(alone, *data())
+        for name, value in alone.state_dict().items():
+            message = f"{name} of {model_name}: {{}}".format
+            torch.testing.assert_close(together[model_name][name], value, rtol=1e-7, atol=1e-9, msg=message)
+        moved = [name for name, value in alone.named_parameters() if not torch.equal(value, before[name])]
+        assert any("cov_bn.weight" in name for name in moved), model_name
 
 
 @pytest.fixture
