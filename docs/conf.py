@@ -45,6 +45,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|timm|matplotlib|PIL|huggingface_hub|collections|pathlib|argparse|typing)\..*"),
     ("py:.*", r"(Figure|Image|Path|Any|Sequence|Mapping|optional|Tensor|module|Module)"),
+    ("py:.*", r"timm_gsop\.layers\.second_order_pool\.Pool"),  # a variable of types
 ]
 
 highlight_language = "text"
