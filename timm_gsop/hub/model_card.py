@@ -134,9 +134,10 @@ def _head(model: Any) -> str | None:
 def _citations(model: Any) -> str:
     """BibTeX of the papers of blocks and head; of the blocks' for a network that has neither."""
     pool = model.global_pool
-    of_head = inspect.cleandoc(getattr(pool, "head", pool).citation) if isinstance(pool, SecondOrderPool2d) else ""
+    of_head = inspect.cleandoc(pool.citation) if isinstance(pool, SecondOrderPool2d) else ""
     has_blocks = any(isinstance(module, CovarianceExcitation) for module in model.modules())
-    return "\n".join(([GSOP_CITATION] if has_blocks or not of_head else []) + ([of_head] if of_head else []))
+    of_blocks = GSOP_CITATION if has_blocks or not of_head else ""
+    return "\n".join(filter(None, (of_blocks, of_head)))
 
 
 def _classes(config: dict[str, Any]) -> str:

@@ -41,7 +41,8 @@ class ProjectedPool2d(SecondOrderPool2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(head.in_features, rank)
-        self.pool_type, self.take_when, self.takes_token = head.pool_type, head.take_when, head.takes_token
+        self.pool_type, self.take_when, self.citation = head.pool_type, head.take_when, head.citation
+        self.takes_token = head.takes_token
         self.head = head
         self.projection = nn.Linear(head.out_features, self.out_features, bias=False, device=device, dtype=dtype)
         self.reset_parameters()

@@ -14,6 +14,7 @@ from torch import nn
 
 import timm_gsop
 from timm_gsop.complete_file import replacing
+from timm_gsop.probe import heads
 from timm_gsop.probe.heads import Options, Trained
 from timm_gsop.probe.network import weights_digest
 
@@ -40,7 +41,7 @@ def cache_file(maps: np.ndarray, name: str, head: nn.Sequential, task: Sequence[
     if not isinstance(maps, np.memmap) or maps.filename is None:
         return None
     try:
-        sources = [inspect.getsource(type(part)) for part in head]
+        sources = [inspect.getsource(heads), *(inspect.getsource(type(part)) for part in head)]
     except (OSError, TypeError):
         return None
     digest = hashlib.sha256("\n".join([timm_gsop.__version__, torch.__version__, repr(head), *sources]).encode())
