@@ -13,7 +13,7 @@ from torch import nn
 from timm_gsop.checks import check_choice
 from timm_gsop.hub.hub_folder import check_new_folder, is_ours, read_labels, save_hub_folder
 from timm_gsop.hub.source_checkpoint import NO_NAME, RELEASED, SourceCheckpoint, find_checkpoint
-from timm_gsop.models.gsop_mixin import GsopMixin
+from timm_gsop.models.gsop_network import GsopMixin
 from timm_gsop.pretrained.checkpoint import Weights
 
 __all__ = ["SOURCES", "convert"]

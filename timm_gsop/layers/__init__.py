@@ -12,18 +12,16 @@ from timm_gsop.layers.moment_pool import MomentPool2d
 
 from timm_gsop.layers.covariance import bilinear_pool, covariance_pool, position_covariance
 from timm_gsop.layers.factory import (
-    FLAVORS,
-    GSOP_TYPES,
     accepted_arguments,
-    check_gsop,
     check_pool_kwargs,
     check_second_order_pool,
-    create_gsop,
     create_second_order_pool,
     pool_cost,
 )
 from timm_gsop.layers.gram_sqrt import covariance_sqrt
 from timm_gsop.layers.gsop import (
+    FLAVORS,
+    GSOP_TYPES,
     NEUTRAL_SCALE,
     ChannelGsop,
     CovarianceExcitation,
@@ -31,6 +29,8 @@ from timm_gsop.layers.gsop import (
     Gsop,
     GsopBlock,
     PositionGsop,
+    check_gsop,
+    create_gsop,
     start_at_half,
 )
 from timm_gsop.layers.matrix_sqrt import eigh_log, eigh_power, newton_schulz_inverse_sqrt, newton_schulz_sqrt

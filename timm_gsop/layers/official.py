@@ -18,6 +18,7 @@ from timm_gsop.layers.cov_pool import IsqrtCovPool2d
 from timm_gsop.layers.covariance import second_moment
 from timm_gsop.layers.gsop import (
     FUSIONS,
+    GSOP_CLASSES,
     ChannelGsop,
     CovarianceExcitation,
     Fuse,
@@ -261,6 +262,13 @@ class OfficialFusedGsop(FusedGsop):
         else:
             fuse = OfficialConcatenation(channels, **dd)
         Fusion.__init__(self, channel, position, fuse)
+
+
+GSOP_CLASSES["official"] = {
+    "channel": OfficialChannelGsop,
+    "position": OfficialPositionGsop,
+    "fused": OfficialFusedGsop,
+}
 
 
 class OfficialIsqrtCovPool2d(IsqrtCovPool2d):

@@ -21,8 +21,7 @@ from torch import nn
 from timm_gsop.attach import attach_gsop
 from timm_gsop.checks import check_choice
 from timm_gsop.layers import GsopBlock
-from timm_gsop.models.build import build_model
-from timm_gsop.models.gsop_mixin import GsopMixin, SmallestImageMixin, check_image_size
+from timm_gsop.models.gsop_network import GsopMixin, SmallestImageMixin, build_model, check_image_size
 from timm_gsop.models.timm_weights import with_timm_weights
 from timm_gsop.pretrained.checkpoint import Weights
 from timm_gsop.pretrained.neutral import neutral_start

@@ -18,8 +18,7 @@ from torch import nn
 
 from timm_gsop.checks import check_choice, check_positive_int
 from timm_gsop.layers import GsopBlock
-from timm_gsop.models.build import build_model
-from timm_gsop.models.gsop_mixin import GsopMixin, reset_parameters
+from timm_gsop.models.gsop_network import GsopMixin, build_model, reset_parameters
 from timm_gsop.pretrained.locate import shipped
 
 __all__ = ["GsopPreActResNet"]  # register_model adds the entry points

@@ -19,8 +19,7 @@ from torch import nn
 
 from timm_gsop.checks import check_choice
 from timm_gsop.layers import FLAVORS, GsopBlock
-from timm_gsop.models.build import build_model
-from timm_gsop.models.gsop_mixin import GsopMixin
+from timm_gsop.models.gsop_network import GsopMixin, build_model
 from timm_gsop.models.timm_weights import with_timm_weights
 from timm_gsop.pretrained.checkpoint import Weights, with_our_names
 from timm_gsop.pretrained.digests import published_id

@@ -37,9 +37,8 @@ from timm_gsop.checks import check_choice
 from timm_gsop.insert import insert_gsop
 from timm_gsop.layers import NEUTRAL_SCALE, GsopBlock, check_gsop, start_at_half
 from timm_gsop.models.backbone_features import BackboneFeatures, feature_map
-from timm_gsop.models.build import build_model
 from timm_gsop.models.global_pool import GlobalPoolMixin
-from timm_gsop.models.gsop_mixin import reset_parameters
+from timm_gsop.models.gsop_network import build_model, reset_parameters
 from timm_gsop.pretrained.backbone import backbone_loading, check_backbone_file
 
 __all__ = ["SecondOrder", "backbone_notes"]  # register_model adds the entry point
