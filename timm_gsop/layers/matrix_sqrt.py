@@ -425,15 +425,15 @@ def _exact(cov: torch.Tensor, parameter: float, log: bool) -> torch.Tensor:
 
 def _eigh(cov: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues, ascending, and eigenvectors of the symmetric part; those of a matrix that is not finite are NaN."""
-    is_finite = cov.isfinite().all(dim=2).all(dim=1)
-    # LAPACK raises for a batch that has one NaN, and CUDA's library returns zeros.
-    symmetric = torch.where(is_finite[:, None, None], 0.5 * _plus_transpose(cov), torch.zeros_like(cov))
-    # Nor does it converge for some tiny matrices, whose squares underflow.
-    largest = symmetric.detach().abs().amax(dim=[1, 2], keepdim=True)
-    largest = torch.where(largest == 0, torch.ones_like(largest), largest)
-    eigenvalues, eigenvectors = _decompose(symmetric / largest)
-    eigenvalues = eigenvalues * largest[:, :, 0]
-    return torch.where(is_finite[:, None], eigenvalues, torch.full_like(eigenvalues, float("nan"))), eigenvectors
+    twice = _plus_transpose(cov)
+    # LAPACK does not converge for some tiny matrices, whose squares underflow, raises for a batch that has one NaN, and
+    # CUDA's library returns zeros then.
+    largest = torch.linalg.vector_norm(twice.detach(), float("inf"), dim=[1, 2], keepdim=True)
+    is_finite = largest.isfinite()
+    scale = torch.where(is_finite & (largest > 0), largest, torch.ones_like(largest))
+    eigenvalues, eigenvectors = _decompose(torch.where(is_finite, twice / scale, torch.zeros_like(twice)))
+    scale = torch.where(is_finite, 0.5 * scale, torch.full_like(scale, float("nan")))
+    return eigenvalues * scale[:, :, 0], eigenvectors
 
 
 def _decompose(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

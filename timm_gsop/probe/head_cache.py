@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 import timm_gsop
+from timm_gsop import layers
 from timm_gsop.complete_file import replacing
 from timm_gsop.probe import heads
 from timm_gsop.probe.heads import Options, Trained
@@ -41,7 +42,9 @@ def cache_file(maps: np.ndarray, name: str, head: nn.Sequential, task: Sequence[
     if not isinstance(maps, np.memmap) or maps.filename is None:
         return None
     try:
-        sources = [inspect.getsource(heads), *(inspect.getsource(type(part)) for part in head)]
+        layer_files = sorted(Path(layers.__path__[0]).rglob("*.py"))  # a head calls functions of other files
+        sources = [inspect.getsource(heads), *(file.read_text("utf-8") for file in layer_files)]
+        sources += [inspect.getsource(type(part)) for part in head]
     except (OSError, TypeError):
         return None
     digest = hashlib.sha256("\n".join([timm_gsop.__version__, torch.__version__, repr(head), *sources]).encode())
