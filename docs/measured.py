@@ -26,6 +26,19 @@ from timm_gsop.viz.figure import new_figure, save_figure
 
 RESULTS = ROOT / "benchmarks/results"
 PROBE = ROOT / "experiments/probe_results"
+PROBES = {
+    "grades": "solar cells, four grades",
+    "grades_lite2": "solar cells, four grades",
+    "defect": "solar cells, defect or not",
+    "cifar10_500": "CIFAR-10",
+    "cifar10_4000_final": "CIFAR-10",
+    "cifar10_50000": "CIFAR-10",
+    "fashion_500": "Fashion-MNIST",
+    "grades_earlier": "solar cells, four grades; without levels 4 and 3",
+    "grades_heads": "solar cells, four grades; all heads, level 4",
+    "grades_all": "solar cells, four grades; all heads, level 3",
+}
+"""Runs of experiments/probe_plan.md by name, and their images."""
 PASSES = {False: "inference", True: "forward and backward"}
 LABELS = {"eigh": "`eigh`", "se": "SE", "cbam": "CBAM", "eca": "ECA", "gc": "GC"}
 NETWORKS = ("resnet50", "twin", "isqrt_resnet50", "gsop_resnet50_net1", "gsop_resnet50_net2")
@@ -232,9 +245,33 @@ def cifar10_tables() -> dict[str, str]:
 
 
 def probe_tables() -> dict[str, str]:
-    """What the probe found on each data set of its plan that has finished."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(PROBE.glob("*.json"))}
-    return {f"probe {name}": probe_table(result) for name, result in found.items()}
+    """What the probe found on each data set of its plan that has finished, and all of them in short."""
+    found = {name: json.loads(path.read_text()) for name in PROBES if (path := PROBE / f"{name}.json").exists()}
+    tables = {f"probe {name}": probe_table(result) for name, result in found.items()}
+    return {"probe": probe_summary(found), **tables}
+
+
+def probe_summary(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each data set: what validation chose, beside average pooling on the deepest level."""
+    columns = ["images", "backbone", "trained on", "`avg`, deepest level (%)", "by validation", "top-1 (%)"]
+    columns += ["difference", "95 % interval", "one training (s)"]
+    lines = []
+    for name, result in found.items():
+        average = result["rows"][0]
+        best = next(row for row in result["rows"] if row["model"] == result["best"])
+        numbers = [f"{best['top1']:.2f}", f"{best['difference']:+.2f}", f"{best['low']:+.2f} to {best['high']:+.2f}"]
+        lines.append(
+            [
+                PROBES[name],
+                result["backbone"].removeprefix("tf_efficientnet_"),
+                f"{result['train']:,}".replace(",", " "),
+                f"{average['top1']:.2f}",
+                f"`{best['head']}`, level {best['level']}",
+                *numbers,
+                f"{best['train_seconds']:.0f}",
+            ]
+        )
+    return table(columns, lines)
 
 
 def probe_table(result: Mapping[str, Any]) -> str:

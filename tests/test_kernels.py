@@ -14,7 +14,10 @@ from timm_gsop.layers import kernels
 
 ROOT = Path(__file__).parents[1]
 
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton comes with PyTorch on Linux only")
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None or kernels._torch_is_too_old(),
+    reason="Triton comes with PyTorch on Linux only, and kernels are used from PyTorch 2.8 on",
+)
 
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess:
@@ -59,6 +62,9 @@ def test_why_no_kernel_is_used(monkeypatch):
     monkeypatch.setattr(kernels, "_triton_is_installed", lambda: False)
     assert kernels.why_off() == "triton is not installed"
     monkeypatch.setattr(kernels, "_triton_is_installed", lambda: True)
+    monkeypatch.setattr(kernels, "_torch_is_too_old", lambda: True)
+    assert kernels.why_off().startswith("PyTorch before 2.8")
+    monkeypatch.setattr(kernels, "_torch_is_too_old", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert kernels.why_off() == "no NVIDIA GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

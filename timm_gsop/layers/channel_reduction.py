@@ -99,9 +99,15 @@ def _update_running_statistics(bn: nn.BatchNorm2d, mean: torch.Tensor, var: torc
 
 def output_is_hooked(module: nn.Module) -> bool:
     """Whether a hook sees what ``module`` returns, or the gradient of that. One on its input alone does not count."""
-    # Those of all modules too, of ``register_module_forward_hook`` and the like.
-    own = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own or torch_module._has_any_global_hook())
+    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    # Those of all modules, of ``register_module_forward_hook`` and the like; torch 2.5 has no function that asks.
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 def _is_hooked(module: nn.Module) -> bool:

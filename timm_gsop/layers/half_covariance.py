@@ -9,6 +9,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.torch_version import TorchVersion
 
+from timm_gsop.layers.exporting import is_exporting
+
 __all__ = ["half_covariance", "half_covariance_gradient", "has_exact_products"]
 
 _BMM_HAS_OUT_DTYPE = TorchVersion(torch.__version__) >= "2.8"
@@ -23,7 +25,7 @@ def has_exact_products(x: torch.Tensor) -> bool:
     if not (_BMM_HAS_OUT_DTYPE and _is_on_nvidias_gpu(x) and x.dtype in (torch.bfloat16, torch.float16)):
         return False
     if torch.compiler.is_compiling():  # which takes the gradient that we give it, and no second one
-        return not torch.compiler.is_exporting()
+        return not is_exporting()
     return not (
         (torch.is_grad_enabled() and x.requires_grad)
         or torch.jit.is_tracing()

@@ -14,11 +14,13 @@ from types import ModuleType
 
 import torch
 from torch.autograd import forward_ad
+from torch.torch_version import TorchVersion
 
 __all__ = ["FLOATS", "HALF", "load", "usable", "why_off"]
 
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (*HALF, torch.float32)
+OLDEST_TORCH = "2.8"
 LIMIT = 2**31  # of the elements between the first and the last of an image: offsets within it have 32 bits
 
 
@@ -28,6 +30,8 @@ def why_off() -> str:
         return "TIMM_GSOP_KERNELS=0"
     if not _triton_is_installed():
         return "triton is not installed"
+    if _torch_is_too_old():
+        return f"PyTorch before {OLDEST_TORCH}, with whose Triton nobody has tried them"
     if _interpreted():
         return ""
     if not torch.cuda.is_available() or torch.version.cuda is None:
@@ -48,7 +52,7 @@ def usable(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...] = HALF) -> bo
     device = tensors[0].device
     if not (device.type == "cuda" or (device.type == "cpu" and _interpreted())):
         return False
-    if _switched_off() or not _triton_is_installed():
+    if _switched_off() or not _triton_is_installed() or _torch_is_too_old():
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
@@ -83,6 +87,11 @@ def _interpreted() -> bool:
 @cache
 def _triton_is_installed() -> bool:
     return find_spec("triton") is not None
+
+
+@cache
+def _torch_is_too_old() -> bool:
+    return TorchVersion(torch.__version__) < OLDEST_TORCH
 
 
 @cache
