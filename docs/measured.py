@@ -264,9 +264,9 @@ def probe_summary(found: Mapping[str, Mapping[str, Any]]) -> str:
             [
                 PROBES[name],
                 result["backbone"].removeprefix("tf_efficientnet_"),
-                f"{result['train']:,}".replace(",", " "),
+                f"{result['train']:,} images".replace(",", " "),
                 f"{average['top1']:.2f}",
-                f"`{best['head']}`, level {best['level']}",
+                f"`{best['head']}`, " + ("`final`" if best["level"] == "final" else f"level {best['level']}"),
                 *numbers,
                 f"{best['train_seconds']:.0f}",
             ]

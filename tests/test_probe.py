@@ -118,6 +118,19 @@ def test_maps_are_those_of_the_network_with_that_level(backbone, levels):
         assert found.shape[1:] == extractor.shapes[extractor.names.index(name)]
 
 
+@pytest.mark.parametrize(
+    ("backbone", "levels", "left_out"),
+    [("test_efficientnet", (-1,), "256×1×1"), ("test_efficientnet", (None, -1), ""), ("test_resnet", (-1,), "")],
+)
+def test_it_says_that_the_maps_of_the_backbones_own_head_are_left_out(backbone, levels, left_out, pictures, cache):
+    """EfficientNet has a convolution after its last feature level, ResNet has none."""
+    options = {**TINY, **FAST, "backbone": backbone, "levels": levels, "heads": (), "splits": 1, "epochs": 1}
+    table = run(pictures, **options, cache=cache)
+    expected = f"level final, {left_out}, which the backbone's own head reads. --levels final 4 compares it too."
+    assert table.note == (f"Not compared: {expected}" if left_out else "")
+    assert str(table).endswith(table.note or table.conclusion)
+
+
 def extract(pictures: Path, cache: Path, **kwargs) -> list[np.ndarray]:
     torch.manual_seed(0)  # of the backbone's weights
     extractor = kwargs.pop("extractor", None) or Extractor("test_resnet", (None, -2), pretrained=False, img_size=32)

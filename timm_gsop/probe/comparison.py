@@ -303,7 +303,8 @@ def _table(entries: list[_Entry], extractor: Extractor, images: Images, splits: 
     if not (images.parts == "test").any() and not (images.parts == "validation").any():
         about["test_images"] = [images.names[i] for i in test]
     reference_row = rows[entries.index(reference)]
-    return Table(tuple(rows), _conclude(best, reference_row), best, reference_row, _is_uneven(counts), about)
+    note = _left_out(extractor)
+    return Table(tuple(rows), _conclude(best, reference_row), best, reference_row, _is_uneven(counts), about, note)
 
 
 def _is_uneven(counts: np.ndarray) -> bool:
@@ -327,6 +328,17 @@ def _conclude(best: Row, reference: Row) -> str:
         return f"{what}: no difference to {base} ({difference.mean:+.2f} points, 95 % interval {interval}, holds zero)."
     word = "above" if difference.mean > 0 else "below"
     return f"{what}, {abs(difference.mean):.2f} points {word} {base} (95 % interval {interval})."
+
+
+def _left_out(extractor: Extractor) -> str:
+    """What to say where the maps were not compared that everybody who takes the backbone as it is uses."""
+    if extractor.left_out is None:
+        return ""
+    shape, levels = "×".join(map(str, extractor.left_out)), " ".join(map(level_name, extractor.levels))
+    return (
+        f"Not compared: level final, {shape}, which the backbone's own head reads. "
+        f"--levels final {levels} compares it too."
+    )
 
 
 def _report_unreadable(images: Images, unreadable: np.ndarray, skip: bool) -> None:

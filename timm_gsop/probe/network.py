@@ -67,6 +67,7 @@ class Extractor:
         networks: A ``second_order`` network for each level, whose ``forward_features`` gives the level's maps.
         names: A name for each level, of which a file's name may begin.
         shapes: Shapes (C, H, W) of the maps.
+        left_out: Shape of the maps that the backbone's own head reads, where they are none of the levels'; else None.
         data_config: timm's data configuration.
         weights: SHA-256 of the backbone's weights.
         autocast: Half precision in which it runs; None for float32.
@@ -112,6 +113,7 @@ class Extractor:
         wanted = {level: network.forward_features(x) for level, network in self.networks.items()}
         last = self.network.forward_features(x)
         self._last = {level for level in self.levels if _is_same(wanted[level], last)}
+        self.left_out = None if self._last else tuple(last.shape[1:])
         rest = [level for level in self.levels if level is not None and level not in self._last]
         self._norm, self._between, self._own = False, [], set(rest)
         for norm in (False, True) if rest and hasattr(self.network.backbone, "forward_intermediates") else ():

@@ -20,7 +20,7 @@ def write_report(table: Table, folder: Path) -> None:
     """Write ``results.csv`` in timm's format with further columns, ``results.json`` and ``differences.png``."""
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "results.csv", lambda path: _write_csv(table, path))
-    found = dict(conclusion=table.conclusion, best=table.best.model, **table.about)
+    found = dict(conclusion=table.conclusion, note=table.note, best=table.best.model, **table.about)
     found["rows"] = [row.as_dict() for row in table.rows]
     text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
     _write(folder / "results.json", lambda path: path.write_text(text, encoding="utf-8"))

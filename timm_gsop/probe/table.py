@@ -84,6 +84,7 @@ class Table:
         reference: The row to which the others are compared.
         uneven: Whether the classes differ much in size, so that balanced accuracy matters.
         about: Images, classes, parts, versions.
+        note: What was not compared, though it should have been; "" if nothing.
     """
 
     rows: tuple[Row, ...]
@@ -92,6 +93,7 @@ class Table:
     reference: Row
     uneven: bool
     about: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
     def row(self, head: str, level: str) -> Row:
         """The row of a head on a level."""
@@ -120,7 +122,7 @@ class Table:
             ).rstrip()
             for line in lines
         ]
-        return "\n".join([*shown, "", self.conclusion])
+        return "\n".join([*shown, "", self.conclusion, *([self.note] if self.note else [])])
 
 
 def _short(count: int) -> str:
