@@ -32,7 +32,7 @@ PROBES = {
     "defect": "solar cells, defect or not",
     "cifar10_500": "CIFAR-10",
     "cifar10_4000_final": "CIFAR-10",
-    "cifar10_50000": "CIFAR-10",
+    "cifar10_50000_last": "CIFAR-10; level 4 alone",
     "fashion_500": "Fashion-MNIST",
     "grades_earlier": "solar cells, four grades; without levels 4 and 3",
     "grades_heads": "solar cells, four grades; all heads, level 4",
