@@ -20,12 +20,13 @@ import torch
 from benchmarks import ROOT, table, update
 from experiments.plan import PLAN, PLAN_FASHION_MNIST, PLAN_GPU, load_plan, read_runs, runs_beside, top1
 from experiments.tables import all_tables, statistics
+from timm_gsop.complete_file import replacing
 from timm_gsop.hub.model_card import count_macs
 from timm_gsop.layers import SECOND_ORDER_POOLS, accepted_arguments
 from timm_gsop.viz.figure import new_figure, save_figure
 
 RESULTS = ROOT / "benchmarks/results"
-PROBE = ROOT / "experiments/probe_results"
+PROBE = ROOT / "experiments/probe_results.json"
 PROBES = {
     "grades": "solar cells, four grades",
     "grades_lite2": "solar cells, four grades",
@@ -246,9 +247,20 @@ def cifar10_tables() -> dict[str, str]:
 
 def probe_tables() -> dict[str, str]:
     """What the probe found on each data set of its plan that has finished, and all of them in short."""
-    found = {name: json.loads(path.read_text()) for name in PROBES if (path := PROBE / f"{name}.json").exists()}
+    results = json.loads(PROBE.read_text(encoding="utf-8"))
+    found = {name: results[name] for name in PROBES}
     tables = {f"probe {name}": probe_table(result) for name, result in found.items()}
     return {"probe": probe_summary(found), **tables}
+
+
+def add_probe_results(folders: Iterable[Path]) -> None:
+    """Add what the probe wrote to some folders, by their names. The list of test images follows from the seed."""
+    results = json.loads(PROBE.read_text(encoding="utf-8"))
+    for folder in folders:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results[folder.name] = {name: value for name, value in found.items() if name != "test_images"}
+    with replacing(PROBE) as partial:
+        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def probe_summary(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -364,7 +376,12 @@ def draw_sqrt_accuracy(result: Mapping[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Write the tables into the pages, and draw the pictures."""
-    argparse.ArgumentParser(description=__doc__).parse_args()  # so that --help only says what it does
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--probe", nargs="+", type=Path, default=(), metavar="DIR", help="add the results in these folders of the probe"
+    )
+    if folders := parser.parse_args().probe:
+        add_probe_results(folders)
     for page, texts in contents().items():
         (ROOT / page).write_text(update((ROOT / page).read_text(encoding="utf-8"), texts), encoding="utf-8")
     draw_growth(load("performance/growth"), ROOT / "docs/figures/growth.png")
