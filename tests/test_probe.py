@@ -446,6 +446,44 @@ def test_processes_give_what_one_gives(pictures, tmp_path, monkeypatch):
         assert {**a.as_dict(), **times} == {**b.as_dict(), **times}
 
 
+AFTER_GRADIENTS = """
+import torch
+from timm_gsop.probe.processes import in_processes
+
+class Nested(torch.autograd.Function):  # so deep that PyTorch starts threads
+    @staticmethod
+    def forward(ctx, x, depth):
+        ctx.depth = depth
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.depth:
+            with torch.enable_grad():
+                Nested.apply(torch.ones(1, requires_grad=True), ctx.depth - 1).backward()
+        return grad, None
+
+def gradient(index):
+    x = torch.ones(1, requires_grad=True)
+    (index * x).backward()
+    return x.grad.item()
+
+print(list(in_processes(gradient, 3, 2)))
+Nested.apply(torch.ones(1, requires_grad=True), 100).backward()
+print(list(in_processes(gradient, 3, 2)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere heads are trained one after the other")
+def test_after_gradients_in_the_same_process():
+    """In a notebook on a machine with a GPU, say: PyTorch computes no more gradients in forks then."""
+    done = run_fresh("-c", AFTER_GRADIENTS, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    first, reason, second = done.stdout.splitlines()
+    assert first == second == "[0.0, 1.0, 2.0]"
+    assert reason.endswith("heads are trained one after the other.")
+
+
 def test_a_trained_head_is_trained_once(pictures, cache, checkpoint, tmp_path, monkeypatch):
     """A second run gives the same table and the same network, and trains what the first one did not."""
     arguments = {**TINY, **FAST, "pretrained": True, "checkpoint": checkpoint, "cache": cache}

@@ -18,6 +18,9 @@ _work: Callable[[int], Any]
 def in_processes(work: Callable[[int], Result], count: int, workers: int) -> Iterator[Result]:
     """``work(0)``, ``work(1)``, … in order, from processes that are forks of this one.
 
+    PyTorch computes no gradients in a fork of a process in which its engine has started threads, as the first backward
+    pass does on a machine with a GPU. There the work is done in this process.
+
     Args:
         work: What to do; it is inherited, and its results are sent back.
         count: How often.
@@ -29,7 +32,11 @@ def in_processes(work: Callable[[int], Result], count: int, workers: int) -> Ite
     pool = ProcessPoolExecutor(min(workers, count), get_context("fork"), initializer=_start, initargs=(work,))
     others = active_children()
     try:
-        yield from pool.map(_call, range(count))
+        if pool.submit(_can_differentiate).result():
+            yield from pool.map(_call, range(count))
+        else:
+            print("PyTorch has computed gradients in this process, so heads are trained one after the other.")
+            yield from map(work, range(count))
     except BaseException:
         for process in active_children():
             if process not in others:
@@ -48,3 +55,11 @@ def _start(work: Callable[[int], Any]) -> None:
 
 def _call(index: int) -> Any:
     return _work(index)
+
+
+def _can_differentiate() -> bool:
+    try:
+        torch.ones(1, requires_grad=True).backward()
+    except RuntimeError:
+        return False
+    return True
